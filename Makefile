@@ -1,0 +1,31 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint venv clean
+
+# The language model of examples/ on the Python language reference: trains,
+# recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
+demo: $(READY)
+	$(BIN)/python examples/language_model.py --output-dir runs/demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+venv: $(READY)
+
+# Packages at the versions they were tested with. `--no-deps`: the list is
+# complete, so nothing is left to resolve.
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,25 @@
+"""Batch-normalised recurrent layers for Keras."""
+
+from keras_bnrnn.calibration import recalibrate
+from keras_bnrnn.folding import fold
+from keras_bnrnn.layers import (
+    BNGRU,
+    BNLSTM,
+    BNGRUCell,
+    BNLSTMCell,
+    BNSimpleRNN,
+    BNSimpleRNNCell,
+)
+from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
+
+__all__ = [
+    "BNGRU",
+    "BNLSTM",
+    "BNGRUCell",
+    "BNLSTMCell",
+    "BNSimpleRNN",
+    "BNSimpleRNNCell",
+    "SequenceBatchNorm",
+    "fold",
+    "recalibrate",
+]

@@ -1,0 +1,451 @@
+"""`recalibrate`: the exact population statistics of a data set."""
+
+import contextlib
+import inspect
+import itertools
+import typing
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from keras_bnrnn import statistics as stats
+from keras_bnrnn.layers.base import BNRNN, BNCell
+from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
+from keras_bnrnn.traversal import sublayers
+
+# Passes until statistics that depend on themselves are taken not to settle, and
+# how far a pass may still move them, in standard deviations.
+MAX_PASSES = 50
+SETTLED = 1e-6
+
+
+def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
+    """Sets every normalised layer to the exact population statistics of `data`.
+
+    The moving averages of training lag behind the weights, and are averages over
+    batches. This takes mean and variance over all the valid frames of the data,
+    `model(x, training=False)`, layer by layer from the bottom: each layer sees what
+    the layers below make of the data with their own final statistics. Sums are
+    float64 and merged so that how the data is cut into batches changes nothing.
+
+    The data is read once for each normalised layer (once for both directions of a
+    `Bidirectional`). Where statistics depend on themselves, with
+    `normalize="joint"` or a layer called twice, it is read until they settle.
+
+    Args:
+        model: A built `keras.Model`. Only its population statistics change, and
+            if anything fails not even they.
+        data: Arrays as for `model.predict`, a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, or another iterable of batches, each `x` or
+            `(x, y, ...)`. For a model with one input a list is one of batches.
+        steps: Number of batches to use, which are then kept in memory. Default:
+            all; an endless data set and an iterator need it.
+        batch_size: Int, for arrays. Default: 32.
+        verbose: 1 (default) for a progress bar, 0 for silence.
+
+    Returns:
+        A dict from layer name to `{"mean": ..., "variance": ...}`: the furthest
+        that a component of its mean moved, in standard deviations, and its
+        variance, relatively.
+
+    Raises:
+        ValueError: If `model` is not built or has nothing to recalibrate, `data` has
+            no batch, no valid frame, or fewer than `steps` batches, or is endless
+            without `steps`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((None, 8)), BNLSTM(4, name="lstm")])
+    >>> x = np.random.default_rng(0).normal(size=(100, 10, 8))
+    >>> list(recalibrate(model, x, verbose=0))
+    ['lstm']
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            f"`model` must be a built `keras.Model`. Received: model={model!r}"
+        )
+    targets = _find_targets(model)
+    if not targets:
+        raise ValueError(
+            "`model` has no batch-normalised layer to recalibrate. "
+            f"Received: model={model.name!r}"
+        )
+    batches = _Batches(model, data, steps, batch_size)
+    before = [target.statistics() for target in targets]
+    with _unchanged_states(model), _unchanged_on_error(targets):
+        groups = _in_order_of_calls(model, targets, batches.first())
+        for number, group in enumerate(groups, start=1):
+            _recalibrate_group(
+                model, group, batches, f"{number}/{len(groups)}", verbose
+            )
+    return {
+        target.name: _moved(old, target.statistics(), target.norm.epsilon)
+        for target, old in zip(targets, before, strict=True)
+        if target.calls
+    }
+
+
+class _Target:
+    """One `SequenceBatchNorm` and the layer whose calls tell what it normalises.
+
+    Args:
+        norm: The `SequenceBatchNorm`.
+        layer: The layer to listen to.
+        pre_activations: Function `(inputs, initial_state, mask)` to a float64
+            tensor (B, T, ..., F) and its mask.
+        recursive: Whether the pre-activations depend on these statistics.
+    """
+
+    def __init__(self, name, norm, layer, pre_activations, recursive=False):
+        self.name = name
+        self.norm = norm
+        self.layer = layer
+        self.pre_activations = pre_activations
+        self.recursive = recursive
+        self.calls = []  # ids of the inputs of its calls in one pass
+
+    def statistics(self):
+        variables = (
+            self.norm.moving_mean,
+            self.norm.moving_variance,
+            self.norm.update_count,
+        )
+        return [ops.convert_to_numpy(v).copy() for v in variables]
+
+
+def _find_targets(model):
+    targets, claimed = [], set()
+
+    def add(name, norm, *args, **kwargs):
+        targets.append(_Target(name, norm, *args, **kwargs))
+        claimed.add(id(norm))
+
+    layers = sublayers(model)
+    for layer in layers:
+        if not isinstance(layer, keras.layers.RNN):
+            continue
+        stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
+        cells = layer.cell.cells if stacked else [layer.cell]
+        for index, cell in enumerate(cells):
+            if isinstance(cell, BNCell):
+                name = f"{layer.name}/{cell.name}" if stacked else layer.name
+                joint = cell.normalize == "joint"
+                pre_activations = _cell_pre_activations(layer, cells, index)
+                add(name, cell.input_norm, layer, pre_activations, recursive=joint)
+    for layer in layers:
+        if isinstance(layer, BNCell) and id(layer.input_norm) not in claimed:
+            raise ValueError(
+                "A normalised cell can be recalibrated in `keras.layers.RNN` or "
+                "`StackedRNNCells` only: elsewhere its timesteps are not known. "
+                f"Received: cell {layer.name!r} in model={model.name!r}"
+            )
+        if isinstance(layer, SequenceBatchNorm) and id(layer) not in claimed:
+            add(layer.name, layer, layer, _norm_pre_activations)
+    return targets
+
+
+def _norm_pre_activations(inputs, initial_state, mask):
+    return ops.cast(inputs, "float64"), mask
+
+
+def _cell_pre_activations(layer, cells, index):
+    """What the norm of the cell `cells[index]` of an RNN layer normalises."""
+
+    def pre_activations(inputs, initial_state, mask):
+        if layer.go_backwards:
+            inputs = ops.flip(inputs, axis=1)
+            mask = None if mask is None else ops.flip(mask, axis=1)
+        if initial_state is None:
+            initial_state = layer.states if layer.stateful else None
+        states = [None] * len(cells)
+        if initial_state is not None:
+            states = list(initial_state) if len(cells) > 1 else [initial_state]
+        for cell, state in zip(cells[:index], states, strict=False):
+            single = BNRNN if isinstance(cell, BNCell) else keras.layers.RNN
+            below = single(cell, return_sequences=True, dtype=cell.dtype_policy)
+            inputs = below(inputs, initial_state=state, mask=mask, training=False)
+        own = BNRNN(cells[index], dtype=cells[index].dtype_policy)
+        return own.pre_activations(inputs, states[index], mask), mask
+
+    return pre_activations
+
+
+class _Batches:
+    """The `x` of each batch of a data set, to be read more than once."""
+
+    def __init__(self, model, data, steps, batch_size):
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(
+                f"`steps` must be a positive integer. Received: steps={steps!r}"
+            )
+        one_shot = hasattr(data, "__next__")
+        endless = _is_endless(data)
+        if steps is None and (one_shot or endless):
+            raise ValueError(
+                "`steps` must say how many batches to use of an endless data set or "
+                f"an iterator. Received: steps=None with data={data!r}"
+            )
+        if _is_arrays(model, data):
+            data = _cut(data, batch_size)
+        elif isinstance(data, keras.utils.PyDataset):
+            dataset, count = data, steps or data.num_batches
+            data = _Reiterable(lambda: (dataset[i] for i in range(count)))
+        if steps is not None:
+            data = list(itertools.islice(iter(data), steps))
+            if len(data) < steps:
+                raise ValueError(
+                    f"`data` has fewer batches than `steps`. Received: steps={steps} "
+                    f"with {len(data)} batches"
+                )
+        self._data = data
+        self.count = len(data) if isinstance(data, list) else None
+
+    def __iter__(self):
+        count = 0
+        for batch in self._data:
+            x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+            yield keras.tree.map_structure(ops.convert_to_tensor, x)
+            count += 1
+        self.count = count
+
+    def first(self):
+        for x in self:
+            return x
+        raise ValueError("`data` must have at least one batch. Received: an empty one")
+
+
+class _Reiterable(typing.NamedTuple):
+    make: typing.Callable
+
+    def __iter__(self):
+        return self.make()
+
+
+def _is_endless(data):
+    if isinstance(data, tf.data.Dataset):
+        return data.cardinality() == tf.data.INFINITE_CARDINALITY
+    return isinstance(data, keras.utils.PyDataset) and data.num_batches is None
+
+
+def _is_arrays(model, data):
+    """Whether `data` is the model's input itself, not batches of it."""
+    if isinstance(data, dict):
+        return True
+    if isinstance(data, (list, tuple)):
+        inputs = getattr(model, "inputs", None) or [None]
+        return len(inputs) == len(data) > 1 and all(map(_is_array, data))
+    return _is_array(data)
+
+
+def _is_array(value):
+    return isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
+
+
+def _cut(arrays, batch_size):
+    rows = {len(a) for a in keras.tree.flatten(arrays)}
+    if len(rows) != 1:
+        raise ValueError(
+            "The arrays of `data` must have the same number of rows. "
+            f"Received: {sorted(rows)} rows"
+        )
+    return [
+        keras.tree.map_structure(lambda a, i=i: a[i : i + batch_size], arrays)
+        for i in range(0, rows.pop(), batch_size)
+    ]
+
+
+@contextlib.contextmanager
+def _unchanged_states(model):
+    """Leaves the states of stateful layers as they were."""
+    variables = _state_variables(model)
+    values = [ops.convert_to_numpy(v).copy() for v in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+
+def _state_variables(model):
+    return [
+        state
+        for layer in sublayers(model)
+        if isinstance(layer, keras.layers.RNN) and layer.stateful
+        for state in keras.tree.flatten(layer.states)
+        if state is not None
+    ]
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(targets):
+    before = [target.statistics() for target in targets]
+    try:
+        yield
+    except BaseException:
+        for target, (mean, variance, count) in zip(targets, before, strict=True):
+            target.norm.moving_mean.assign(mean)
+            target.norm.moving_variance.assign(variance)
+            target.norm.update_count.assign(count)
+        raise
+
+
+@contextlib.contextmanager
+def _listening(targets, heard):
+    """Calls `heard(target, inputs, initial_state, mask)` as its layer is called."""
+    layers = {id(target.layer): target.layer for target in targets}
+
+    def listener(layer):
+        call = layer.call
+        signature = inspect.signature(call)
+
+        def listen(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs).arguments
+            inputs = next(iter(bound.values()))
+            mask = bound.get("mask")
+            if mask is not None:
+                mask = keras.tree.flatten(mask)[0]
+            for target in targets:
+                if target.layer is layer:
+                    heard(target, inputs, bound.get("initial_state"), mask)
+            return call(*args, **kwargs)
+
+        return listen
+
+    try:
+        for layer in layers.values():
+            layer.call = listener(layer)
+        yield
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("call", None)
+
+
+def _in_order_of_calls(model, targets, x):
+    """Groups of targets that one pass can serve, from the bottom up.
+
+    Two targets share a pass where they hear the very same tensor, as the two
+    directions of a `Bidirectional` do: neither then depends on the other.
+    """
+    order = []
+    tensors = []  # kept alive, so that no two have the same id
+
+    def heard(target, inputs, initial_state, mask):
+        tensors.append(inputs)
+        target.calls.append(id(inputs))
+        if target not in order:
+            order.append(target)
+
+    with _listening(targets, heard):
+        model(x, training=False)
+    unheard = [target.name for target in targets if target not in order]
+    if unheard:
+        warnings.warn(
+            f"Not recalibrated, never called on the data: {', '.join(unheard)}",
+            stacklevel=3,
+        )
+    groups = []
+    for target in order:
+        target.recursive = target.recursive or len(target.calls) > 1
+        last = groups[-1] if groups else None
+        if (
+            last
+            and not target.recursive
+            and not last[-1].recursive
+            and last[-1].layer is not target.layer
+            and last[-1].calls == target.calls
+        ):
+            last.append(target)
+        else:
+            groups.append([target])
+    return groups
+
+
+def _recalibrate_group(model, group, batches, label, verbose):
+    names = ", ".join(target.name for target in group)
+    sums = {id(target): _RunningMoments(target.norm) for target in group}
+
+    def heard(target, inputs, initial_state, mask):
+        sums[id(target)].add(*target.pre_activations(inputs, initial_state, mask))
+
+    @tf.function(reduce_retracing=True)
+    def run(x):
+        # Nothing is returned: what lies above the group is not computed.
+        model(x, training=False)
+
+    def one_pass():
+        for variable in _state_variables(model):
+            variable.assign(ops.zeros_like(variable))
+        for moments in sums.values():
+            moments.reset()
+        bar = keras.utils.Progbar(batches.count, verbose=verbose, unit_name="batch")
+        with _listening(group, heard):
+            for number, x in enumerate(batches, start=1):
+                run(x)
+                bar.update(number, finalize=False)
+        bar.update(batches.count, finalize=True)
+        for target in group:
+            count, mean, variance = (v.numpy() for v in sums[id(target)].variables)
+            if count == 0:
+                raise ValueError(
+                    f"`data` has no valid frame for layer {target.name!r}. "
+                    f"Received: {batches.count} batches, masked throughout"
+                )
+            target.norm.set_statistics(mean, variance)
+
+    if verbose:
+        print(f"Recalibrating {label}: {names}")
+    for _ in range(MAX_PASSES):
+        before = group[0].statistics()
+        one_pass()
+        if not group[0].recursive:
+            return
+        moved = _moved(before, group[0].statistics(), group[0].norm.epsilon)
+        if max(moved.values()) < SETTLED:
+            return
+    warnings.warn(
+        f"The statistics of {names} depend on themselves and did not settle in "
+        f"{MAX_PASSES} passes over the data: the last one moved them by {moved}",
+        stacklevel=3,
+    )
+
+
+class _RunningMoments:
+    """Count, mean and variance of all elements seen so far, in float64."""
+
+    def __init__(self, norm):
+        (features,) = norm.moving_mean.shape
+        self.variables = [
+            tf.Variable(tf.zeros(shape, tf.float64))
+            for shape in ((), features, features)
+        ]
+
+    def add(self, x, mask):
+        valid = None
+        if mask is not None:
+            shape = ops.shape(mask) + (1,) * (len(x.shape) - 2)
+            valid = ops.reshape(ops.cast(mask, "bool"), shape)
+        axes = tuple(range(len(x.shape) - 1))
+        mean, variance, count = stats.masked_moments(x, valid, axes)
+        own = tuple(ops.reshape(v, (-1,)) for v in (mean, variance, count))
+        count_so_far, mean_so_far, variance_so_far = self.variables
+        mean, variance, count = stats.pool(
+            ops.stack([mean_so_far, own[0]]),
+            ops.stack([variance_so_far, own[1]]),
+            ops.stack([ops.reshape(count_so_far, (1,)), own[2]]),
+        )
+        for variable, value in zip(
+            self.variables, (ops.reshape(count, ()), mean, variance), strict=True
+        ):
+            variable.assign(value)
+
+
+def _moved(old, new, epsilon):
+    (old_mean, old_variance, _), (new_mean, new_variance, _) = old, new
+    spread = new_variance + epsilon
+    return {
+        "mean": float(np.max(np.abs(new_mean - old_mean) / np.sqrt(spread))),
+        "variance": float(np.max(np.abs(new_variance - old_variance) / spread)),
+    }

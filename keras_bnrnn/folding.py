@@ -1,0 +1,242 @@
+"""`fold`: a model of stock Keras layers that does what a normalised one does."""
+
+import typing
+import warnings
+
+import keras
+from keras import ops
+
+from keras_bnrnn.layers import (
+    BNGRU,
+    BNLSTM,
+    BNGRUCell,
+    BNLSTMCell,
+    BNSimpleRNN,
+    BNSimpleRNNCell,
+)
+from keras_bnrnn.layers.base import BNRNN, BNCell
+from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
+from keras_bnrnn.traversal import require_built_graph, sublayers
+
+
+class FoldedLayer(typing.NamedTuple):
+    """What `fold` did with one normalised layer.
+
+    Attributes:
+        name: The layer's name.
+        layer: Its class, such as `"BNLSTM"`.
+        folded_into: The class of the stock layer in its place, or `None`.
+        kept_because: Why it was kept, frozen; `None` where it was folded.
+    """
+
+    name: str
+    layer: str
+    folded_into: str | None
+    kept_because: str | None
+
+
+def fold(model, return_report=False):
+    """A new model of stock Keras layers, equal to `model(x, training=False)`.
+
+    With its population statistics, batch normalisation is an affine map of the
+    input projection: `W' = W * gamma / sqrt(variance + epsilon)`,
+    `b' = beta - mean * gamma / sqrt(variance + epsilon)`. Each `BNLSTM`, `BNGRU` and
+    `BNSimpleRNN` becomes the stock layer with these weights, each cell of them the
+    stock cell, and a `SequenceBatchNorm` a `BatchNormalization`. Normalisation then
+    costs nothing. The folded layers are for inference: they have no dropout,
+    regularizers or constraints.
+
+    Args:
+        model: A built Sequential or Functional model, with whatever inside: shared
+            layers, nested models, `Bidirectional`, `TimeDistributed`,
+            `keras.layers.RNN` and `StackedRNNCells`. It is not changed.
+        return_report: Whether to return the list of `FoldedLayer` as well.
+
+    Returns:
+        The folded model, its layers named as those of `model`; with `return_report`,
+        `(folded, report)`. A layer that cannot fold (one with peepholes, or inside a
+        layer of one's own) is kept, frozen, and a warning names it.
+
+    Raises:
+        ValueError: If `model` is subclassed or not built.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((None, 8)), BNLSTM(4, name="lstm")])
+    >>> [type(layer).__name__ for layer in fold(model).layers]
+    ['LSTM']
+    """
+    require_built_graph(model, "`fold`")
+    report, pairs = [], []
+
+    def clone_layer(layer):
+        if not isinstance(layer, keras.layers.Layer):
+            return layer  # an operation such as `keras.ops.add`: no state
+        clone = _folded(layer, report)
+        pairs.append((layer, clone))
+        return clone
+
+    folded = keras.models.clone_model(model, clone_function=clone_layer, recursive=True)
+    if not folded.built:
+        folded.build([x.shape for x in model.inputs])
+    for layer, clone in pairs:
+        _copy_weights(layer, clone)
+    kept = [entry for entry in report if entry.kept_because is not None]
+    if kept:
+        warnings.warn(
+            "Not folded, kept frozen: "
+            + "; ".join(f"{e.name} ({e.layer}): {e.kept_because}" for e in kept),
+            stacklevel=2,
+        )
+    return (folded, report) if return_report else folded
+
+
+STOCK_LAYERS = {
+    BNSimpleRNN: keras.layers.SimpleRNN,
+    BNLSTM: keras.layers.LSTM,
+    BNGRU: keras.layers.GRU,
+}
+STOCK_CELLS = {
+    BNSimpleRNNCell: keras.layers.SimpleRNNCell,
+    BNLSTMCell: keras.layers.LSTMCell,
+    BNGRUCell: keras.layers.GRUCell,
+}
+
+# What a stock layer has no argument for.
+OWN_ARGUMENTS = (
+    "normalize",
+    "statistics",
+    "population",
+    "max_timesteps",
+    "momentum",
+    "epsilon",
+    "gamma_initializer",
+    "synchronized",
+    "peephole",
+)
+
+# What the folded weights no longer stand for.
+INFERENCE = {
+    "use_bias": True,
+    "dropout": 0.0,
+    "recurrent_dropout": 0.0,
+    "kernel_regularizer": None,
+    "recurrent_regularizer": None,
+    "bias_regularizer": None,
+    "kernel_constraint": None,
+    "recurrent_constraint": None,
+    "bias_constraint": None,
+}
+
+
+def _folded(layer, report):
+    """The layer to stand for `layer`, not built yet."""
+    if isinstance(layer, (BNRNN, BNCell)):
+        if reason := _why_not(layer):
+            return _kept(layer, report, reason)
+        stock_classes = STOCK_LAYERS if isinstance(layer, BNRNN) else STOCK_CELLS
+        return _noted(layer, report, _stock(layer, stock_classes))
+    if isinstance(layer, SequenceBatchNorm):
+        return _noted(layer, report, _stock_norm(layer))
+
+    config = layer.get_config()
+    if isinstance(layer, keras.layers.Bidirectional):
+        forward = _folded(layer.forward_layer, report)
+        backward = _folded(layer.backward_layer, report)
+        config["layer"] = keras.saving.serialize_keras_object(forward)
+        config["backward_layer"] = keras.saving.serialize_keras_object(backward)
+    elif isinstance(layer, keras.layers.Wrapper):
+        inner = _folded(layer.layer, report)
+        config["layer"] = keras.saving.serialize_keras_object(inner)
+    elif isinstance(layer, keras.layers.StackedRNNCells):
+        config["cells"] = [
+            keras.saving.serialize_keras_object(_folded(cell, report))
+            for cell in layer.cells
+        ]
+    elif type(layer) is keras.layers.RNN:
+        cell = _folded(layer.cell, report)
+        config["cell"] = keras.saving.serialize_keras_object(cell)
+    elif any(isinstance(s, (BNCell, SequenceBatchNorm)) for s in sublayers(layer)):
+        reason = f"it holds normalised layers, and fold cannot see how {layer.name} "
+        return _kept(layer, report, reason + "calls them")
+    return type(layer).from_config(config)
+
+
+def _copy_weights(layer, clone):
+    """Gives the built `clone` what makes it equal to `layer`."""
+    if isinstance(clone, keras.layers.BatchNormalization) and isinstance(
+        layer, SequenceBatchNorm
+    ):
+        affine = [w for w in (layer.gamma, layer.beta) if w is not None]
+        weights = [*affine, layer.moving_mean, layer.moving_variance]
+        clone.set_weights([ops.convert_to_numpy(w) for w in weights])
+    elif isinstance(layer, BNCell) and not isinstance(clone, BNCell):
+        _copy_folded_weights(layer, clone)
+    elif isinstance(layer, keras.layers.Bidirectional):
+        _copy_weights(layer.forward_layer, clone.forward_layer)
+        _copy_weights(layer.backward_layer, clone.backward_layer)
+    elif isinstance(layer, keras.layers.Wrapper):
+        _copy_weights(layer.layer, clone.layer)
+    elif isinstance(layer, keras.layers.StackedRNNCells):
+        for cell, stock_cell in zip(layer.cells, clone.cells, strict=True):
+            _copy_weights(cell, stock_cell)
+    elif isinstance(layer, keras.layers.RNN):
+        _copy_weights(layer.cell, clone.cell)
+        for state, copied in zip(
+            keras.tree.flatten(layer.states),
+            keras.tree.flatten(clone.states),
+            strict=True,
+        ):
+            if state is not None:  # the states of a stateful layer
+                copied.assign(state)
+    else:
+        clone.set_weights(layer.get_weights())
+
+
+def _copy_folded_weights(cell, stock_cell):
+    kernel, bias, recurrent_kernel, recurrent_bias = cell.folded_weights()
+    if getattr(stock_cell, "reset_after", False):
+        if recurrent_bias is None:
+            recurrent_bias = ops.zeros_like(bias)
+        bias = ops.stack([bias, recurrent_bias])  # (2, 3U): as the stock GRU has it
+    weights = (kernel, recurrent_kernel, bias)
+    stock_cell.set_weights([ops.convert_to_numpy(w) for w in weights])
+
+
+def _stock(layer, stock_classes):
+    stock = next(s for ours, s in stock_classes.items() if isinstance(layer, ours))
+    config = {**layer.get_config(), **INFERENCE}
+    for name in OWN_ARGUMENTS:
+        config.pop(name, None)
+    return stock.from_config(config)
+
+
+def _stock_norm(layer):
+    return keras.layers.BatchNormalization(
+        epsilon=layer.epsilon,
+        momentum=layer.momentum,
+        center=layer.center,
+        scale=layer.scale,
+        name=layer.name,
+        dtype=layer.dtype_policy,
+    )
+
+
+def _why_not(layer):
+    """Why a normalised layer or cell cannot fold, or `None`."""
+    if getattr(layer, "peephole", False):
+        return "a stock LSTM has no peepholes"
+    return None
+
+
+def _kept(layer, report, reason):
+    report.append(FoldedLayer(layer.name, type(layer).__name__, None, reason))
+    clone = type(layer).from_config(layer.get_config())
+    clone.trainable = False
+    return clone
+
+
+def _noted(layer, report, clone):
+    into = type(clone).__name__
+    report.append(FoldedLayer(layer.name, type(layer).__name__, into, None))
+    return clone

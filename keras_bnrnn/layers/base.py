@@ -1,0 +1,478 @@
+"""What the batch-normalised cells and layers share.
+
+A cell (`BNCell` and a stock Keras cell) is its equations and its weights. A layer
+(`BNRNN`, a `keras.layers.RNN`) projects the whole sequence at once, normalises it and
+leaves the rest to the time loop.
+"""
+
+import typing
+
+import keras
+from keras import ops
+
+from keras_bnrnn import statistics as stats
+from keras_bnrnn.recurrence import time_loop
+from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm, check_mask
+
+NORMALIZATION_ARGUMENTS = """normalize: Where to normalise. `"input"` (default):
+            `BN(W x_t) + U h`, the method of the paper. `"joint"`:
+            `BN(W x_t + U h)`, its negative result; that sum exists one timestep
+            at a time, so its statistics are frame-wise whatever `statistics`.
+            (`"recurrent"` is not available yet.)
+        statistics: Over what a training step takes mean and variance:
+            `"sequence"` (default), all valid frames of the batch together, or
+            `"frame"`, each timestep alone. Sequence-wise statistics see later
+            frames of the training batch: use `"frame"` to predict the next one.
+        population: `"pooled"` (default), see `SequenceBatchNorm`.
+        max_timesteps: See `SequenceBatchNorm`. Default: `None`.
+        momentum: Float in [0, 1), weight of the past in the population
+            statistics. Default: 0.99.
+        epsilon: Float > 0, added to the variance. Default: 1e-3.
+        gamma_initializer: Initializer of `gamma`. Default: `"ones"`.
+        synchronized: Whether batch statistics are taken over all replicas;
+            `normalize="input"` only. Default: `False`."""
+
+
+def with_normalization_arguments(cls):
+    """Fills `{normalization}` in a class docstring; the text is told once."""
+    cls.__doc__ = cls.__doc__.replace("{normalization}", NORMALIZATION_ARGUMENTS)
+    return cls
+
+
+class CellWeights(typing.NamedTuple):
+    """The tensors of one recurrence: a cell's own weights, or its folded ones."""
+
+    kernel: typing.Any  # (D, G*U)
+    bias: typing.Any  # (G*U,) or None
+    recurrent_kernel: typing.Any  # (U, G*U)
+    recurrent_bias: typing.Any  # (G*U,) or None
+
+
+def identity(a, columns=None):
+    """The `normalize` of a step in which nothing is left to normalise."""
+    return a
+
+
+class BatchNormalizer:
+    """Normalises pre-activations of one timestep by the moments of its valid rows."""
+
+    def __init__(self, norm, valid):
+        self._norm = norm
+        self._valid = valid
+        self._moments = []
+
+    def __call__(self, a, columns=slice(None)):
+        norm = self._norm
+        x = ops.cast(a, norm.moving_mean.dtype)
+        if self._valid is not None:
+            x = ops.where(self._valid, x, 0.0)
+        mean, variance, count = norm.batch_moments(x, self._valid, (0,))
+        self._moments.append((mean[0], variance[0], count[0]))
+        gamma, beta = (None if p is None else p[columns] for p in norm._affine())
+        y = stats.normalize(x, mean, variance, gamma, beta, norm.epsilon)
+        return ops.cast(y, a.dtype)
+
+    def moments(self):
+        """Mean (G*U,), variance (G*U,) and count (1,) of all that was normalised."""
+        means, variances, counts = zip(*self._moments, strict=True)
+        return ops.concatenate(means), ops.concatenate(variances), counts[0]
+
+
+class PopulationNormalizer:
+    """Normalises pre-activations by the population statistics, and keeps them."""
+
+    def __init__(self, norm):
+        self._affine = norm.scale_and_shift()
+        self._seen = []
+
+    def __call__(self, a, columns=slice(None)):
+        self._seen.append(a)
+        scale, shift = (p[columns] for p in self._affine)
+        return ops.cast(ops.cast(a, scale.dtype) * scale + shift, a.dtype)
+
+    def pre_activations(self):
+        """What was normalised, (B, G*U)."""
+        return ops.concatenate(self._seen, axis=-1)
+
+
+class BNCell:
+    """Normalisation for a stock Keras cell: mixed in before it.
+
+    A concrete cell gives `gates` and `step`. It inherits the stock cell's
+    arguments, config, states and dropout.
+    """
+
+    gates = None  # G
+
+    def _init_normalization(
+        self,
+        normalize,
+        statistics,
+        population,
+        max_timesteps,
+        momentum,
+        epsilon,
+        gamma_initializer,
+        synchronized,
+        dropout,
+        recurrent_dropout,
+    ):
+        """Called by a cell after the stock `__init__`."""
+        if normalize == "recurrent":
+            raise ValueError(
+                "`normalize='recurrent'` is not available yet: use 'input' or "
+                f"'joint'. Received: normalize={normalize!r}"
+            )
+        if normalize not in ("input", "joint"):
+            raise ValueError(
+                "`normalize` must be 'input' or 'joint'. "
+                f"Received: normalize={normalize!r}"
+            )
+        if synchronized and normalize == "joint":
+            raise ValueError(
+                "`synchronized=True` needs `normalize='input'`: replicas cannot "
+                "exchange sums inside the time loop. "
+                f"Received: synchronized={synchronized!r}, normalize={normalize!r}"
+            )
+        for name, rate in (
+            ("dropout", dropout),
+            ("recurrent_dropout", recurrent_dropout),
+        ):
+            if not 0.0 <= rate < 1.0:  # the stock cell would clamp it
+                raise ValueError(
+                    f"`{name}` must be in [0, 1). Received: {name}={rate!r}"
+                )
+        self.normalize = normalize
+        # One mask for all gates: the recurrent product stays one product.
+        self.dropout_mask_count = None
+        self.input_norm = SequenceBatchNorm(
+            statistics=statistics,
+            population=population,
+            max_timesteps=max_timesteps,
+            momentum=momentum,
+            epsilon=epsilon,
+            center=self.use_bias,
+            synchronized=synchronized,
+            gamma_initializer=gamma_initializer,
+            beta_initializer=self._beta_initializer(),
+            beta_regularizer=self.bias_regularizer,
+            beta_constraint=self.bias_constraint,
+            dtype=self.dtype_policy,
+            trainable=self.trainable,
+            name="input_norm",
+        )
+
+    def _beta_initializer(self):
+        return self.bias_initializer
+
+    def build(self, input_shape):
+        width = self.gates * self.units
+        self.kernel = self.add_weight(
+            shape=(input_shape[-1], width),
+            name="kernel",
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+        self.recurrent_kernel = self.add_weight(
+            shape=(self.units, width),
+            name="recurrent_kernel",
+            initializer=self.recurrent_initializer,
+            regularizer=self.recurrent_regularizer,
+            constraint=self.recurrent_constraint,
+        )
+        self.recurrent_bias = None
+        self.input_norm.build((None, None, width))
+        self.built = True
+
+    def step(self, projected, recurrent, states, weights, normalize):
+        """The cell's equations: elementwise, in one timestep.
+
+        Args:
+            projected: Tensor (B, G*U), the input projection (with its bias, and
+                normalised, for `normalize="input"`).
+            recurrent: Tensor (B, ...), the output of the step before times
+                `loop_kernel(weights)`.
+            states: List of tensors (B, U).
+            weights: `CellWeights`.
+            normalize: Function of a pre-activation and the slice of the G*U
+                columns that it is.
+
+        Returns:
+            The list of new states; the first one is the output.
+        """
+        raise NotImplementedError
+
+    def loop_kernel(self, weights):
+        """What the time loop multiplies the output by: (U, ...)."""
+        return weights.recurrent_kernel
+
+    def call(self, inputs, states, training=False):
+        """One timestep, as in `keras.layers.RNN(cell)`: frame-wise statistics.
+
+        That layer tells a cell nothing of the mask: in training, padded rows
+        count here. The layer of the cell leaves them out.
+        """
+        nested = isinstance(states, (list, tuple))
+        states = list(states) if nested else [states]
+        output = states[0]
+        if training and self.dropout:
+            inputs = inputs * self.get_dropout_mask(inputs)
+        if training and self.recurrent_dropout:
+            output = output * self.get_recurrent_dropout_mask(output)
+
+        norm = self.input_norm
+        learns = norm.uses_batch_statistics(training)
+        if learns:
+            norm.require_group_size(inputs.shape, (0,))
+            normalizer = BatchNormalizer(norm, None)
+        else:
+            normalizer = PopulationNormalizer(norm)
+        weights = self.own_weights()
+        projected = ops.matmul(inputs, weights.kernel)
+        normalize = normalizer
+        if self.normalize == "input":
+            projected = normalizer(projected)
+            normalize = identity
+        states = self.step(
+            projected,
+            ops.matmul(output, self.loop_kernel(weights)),
+            states,
+            weights,
+            normalize,
+        )
+        if learns:
+            norm.update_statistics(*normalizer.moments(), across_steps=True)
+        return states[0], states if nested else states[0]
+
+    def own_weights(self):
+        """The weights as they are trained."""
+
+        def tensor(variable):
+            return None if variable is None else ops.convert_to_tensor(variable)
+
+        return CellWeights(
+            tensor(self.kernel),
+            None,
+            tensor(self.recurrent_kernel),
+            tensor(self.recurrent_bias),
+        )
+
+    def folded_weights(self):
+        """Weights of the same recurrence without normalisation, at inference.
+
+        With the population statistics, BN is affine: columns of the kernel (and
+        for `"joint"` of the recurrent kernel) are scaled, and the shift is a bias.
+        """
+        scale, shift = self.input_norm.scale_and_shift()
+        kernel, _, recurrent_kernel, recurrent_bias = self.own_weights()
+
+        def scaled(tensor):
+            return ops.cast(ops.cast(tensor, scale.dtype) * scale, tensor.dtype)
+
+        if self.normalize == "joint":
+            recurrent_kernel = scaled(recurrent_kernel)
+            if recurrent_bias is not None:
+                recurrent_bias = scaled(recurrent_bias)
+        return CellWeights(
+            scaled(kernel),
+            ops.cast(shift, kernel.dtype),
+            recurrent_kernel,
+            recurrent_bias,
+        )
+
+    def get_config(self):
+        norm = self.input_norm
+        return {
+            **super().get_config(),
+            "normalize": self.normalize,
+            "statistics": norm.statistics,
+            "population": norm.population,
+            "max_timesteps": norm.max_timesteps,
+            "momentum": norm.momentum,
+            "epsilon": norm.epsilon,
+            "gamma_initializer": keras.initializers.serialize(norm.gamma_initializer),
+            "synchronized": norm.synchronized,
+        }
+
+
+def of_cell(name):
+    """A read-only attribute of a layer that stands in its cell."""
+    return property(lambda layer: getattr(layer.cell, name))
+
+
+class BNRNN(keras.layers.RNN):
+    """A layer of one `BNCell`, whose input projection is one product for all T."""
+
+    units = of_cell("units")
+    activation = of_cell("activation")
+    use_bias = of_cell("use_bias")
+    kernel_initializer = of_cell("kernel_initializer")
+    recurrent_initializer = of_cell("recurrent_initializer")
+    bias_initializer = of_cell("bias_initializer")
+    kernel_regularizer = of_cell("kernel_regularizer")
+    recurrent_regularizer = of_cell("recurrent_regularizer")
+    bias_regularizer = of_cell("bias_regularizer")
+    kernel_constraint = of_cell("kernel_constraint")
+    recurrent_constraint = of_cell("recurrent_constraint")
+    bias_constraint = of_cell("bias_constraint")
+    dropout = of_cell("dropout")
+    recurrent_dropout = of_cell("recurrent_dropout")
+    seed = of_cell("seed")
+    normalize = of_cell("normalize")
+    input_norm = of_cell("input_norm")
+
+    def __init__(self, cell, activity_regularizer=None, **kwargs):
+        super().__init__(cell, activity_regularizer=activity_regularizer, **kwargs)
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        cell = self.cell
+        norm = cell.input_norm
+        sequences, mask = self._clean(sequences, mask)
+        if training and cell.dropout:
+            dropout_mask = cell.get_dropout_mask(sequences[:, 0, :])
+            sequences = sequences * dropout_mask[:, None, :]
+        recurrent_dropout_mask = None
+        if training and cell.recurrent_dropout:
+            recurrent_dropout_mask = cell.get_recurrent_dropout_mask(initial_state[0])
+
+        learns = norm.uses_batch_statistics(training)
+        in_loop = learns and cell.normalize == "joint"
+        weights = cell.own_weights() if learns else cell.folded_weights()
+        projected = ops.matmul(sequences, weights.kernel)  # (B, T, G*U)
+        if not learns:
+            projected = projected + weights.bias
+        elif in_loop:
+            norm.require_group_size(sequences.shape, (0,))
+        else:
+            projected = norm(projected, mask=mask, training=True)
+
+        def step(projected_t, recurrent_t, states, valid_t):
+            normalize = BatchNormalizer(norm, valid_t) if in_loop else identity
+            states = cell.step(projected_t, recurrent_t, states, weights, normalize)
+            return states, normalize.moments() if in_loop else ()
+
+        width = projected.shape[-1]
+        dtype = norm.moving_mean.dtype
+        moments = [((width,), dtype), ((width,), dtype), ((1,), dtype)]
+        outputs, states, collected = time_loop(
+            step,
+            projected,
+            initial_state,
+            cell.loop_kernel(weights),
+            mask=mask,
+            recurrent_dropout_mask=recurrent_dropout_mask,
+            go_backwards=self.go_backwards,
+            unroll=self.unroll,
+            return_sequences=self.return_sequences,
+            collected=moments if in_loop else (),
+        )
+        if in_loop:
+            norm.update_statistics(*stats.pool(*collected))
+        return self._masked_outputs(outputs, states, mask)
+
+    def pre_activations(self, sequences, initial_state=None, mask=None):
+        """What `input_norm` normalises at inference, in float64.
+
+        Args:
+            sequences: Tensor of shape (B, T, D).
+            initial_state: List of tensors of shape (B, U). Default: zeros.
+            mask: Boolean tensor of shape (B, T), or `None`.
+
+        Returns:
+            Tensor of shape (B, T, G*U), in the order of the sequences.
+        """
+        cell = self.cell
+        sequences, mask = self._clean(sequences, mask)
+        weights = cell.own_weights()
+        kernel = weights.kernel
+        if cell.normalize == "input":
+            sequences = ops.cast(sequences, "float64")
+            return ops.matmul(sequences, ops.cast(kernel, "float64"))
+
+        def step(projected_t, recurrent_t, states, valid_t):
+            normalize = PopulationNormalizer(cell.input_norm)
+            states = cell.step(projected_t, recurrent_t, states, weights, normalize)
+            return states, [normalize.pre_activations()]
+
+        if initial_state is None:
+            initial_state = self.get_initial_state(ops.shape(sequences)[0])
+        dtype = cell.compute_dtype
+        shape = (sequences.shape[0], kernel.shape[-1])
+        projected = ops.matmul(ops.cast(sequences, dtype), ops.cast(kernel, dtype))
+        _, _, (seen,) = time_loop(
+            step,
+            projected,
+            [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)],
+            cell.loop_kernel(weights),
+            mask=mask,
+            go_backwards=self.go_backwards,
+            return_sequences=False,
+            collected=[(shape, dtype)],
+        )
+        seen = ops.transpose(ops.cast(seen, "float64"), (1, 0, 2))  # (B, T, G*U)
+        return ops.flip(seen, axis=1) if self.go_backwards else seen
+
+    def _clean(self, sequences, mask):
+        """The mask as booleans, and sequences with nothing where it is false.
+
+        What stands in padding, NaN included, must not reach a product.
+        """
+        if mask is None:
+            return sequences, None
+        mask = keras.tree.flatten(mask)[0]
+        check_mask(mask, sequences.shape)
+        mask = ops.cast(mask, "bool")
+        zero = ops.zeros((), sequences.dtype)
+        return ops.where(mask[..., None], sequences, zero), mask
+
+    def _masked_outputs(self, outputs, states, mask):
+        """Outputs where a frame is not valid, as `keras.layers.RNN` has them.
+
+        Zeros with `zero_output_for_mask`, else the output before, and zeros while
+        there is none. The states already repeat themselves there: only an initial
+        state that shows before the first valid frame is left to hide.
+        """
+        last = states[0]
+        if mask is not None:
+            if self.go_backwards:
+                mask = ops.flip(mask, axis=1)
+            if self.zero_output_for_mask:
+                shown = mask
+            else:
+                shown = ops.cumsum(ops.cast(mask, "int32"), axis=1) > 0
+            zero = ops.zeros((), last.dtype)
+            last = ops.where(shown[:, -1:], last, zero)
+            if outputs is not None:
+                outputs = ops.where(shown[..., None], outputs, zero)
+        if outputs is None:
+            outputs = last[:, None, :]
+        return last, outputs, states
+
+    def get_config(self):
+        config = super().get_config()
+        del config["cell"]
+        cell_config = self.cell.get_config()
+        for shared in ("name", "trainable", "dtype"):
+            del cell_config[shared]
+        regularizer = keras.regularizers.serialize(self.activity_regularizer)
+        return {**config, "activity_regularizer": regularizer, **cell_config}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def check_use_cudnn(use_cudnn):
+    """`use_cudnn` of the stock layer, where no fused kernel is used."""
+    if use_cudnn is True:
+        raise ValueError(
+            "No fused cuDNN kernel is used by this layer yet: pass "
+            f"`use_cudnn='auto'`. Received: use_cudnn={use_cudnn!r}"
+        )
+    if use_cudnn not in ("auto", False):
+        raise ValueError(
+            "`use_cudnn` must be 'auto', True or False. "
+            f"Received: use_cudnn={use_cudnn!r}"
+        )

@@ -1,0 +1,278 @@
+"""Batch-normalised gated recurrent unit: cell and layer."""
+
+import keras
+from keras import ops
+
+from keras_bnrnn.layers.base import (
+    BNRNN,
+    BNCell,
+    check_use_cudnn,
+    of_cell,
+    with_normalization_arguments,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+@with_normalization_arguments
+class BNGRUCell(BNCell, keras.layers.GRUCell):
+    """One timestep of `BNGRU`.
+
+    With `a = BN(W x_t)` and `b = U h_{t-1} + recurrent_bias`, both split into the
+    gates z, r, h:
+
+    `z = sigmoid(a_z + b_z)`, `r = sigmoid(a_r + b_r)`
+    `h_t = z * h_{t-1} + (1 - z) * tanh(a_h + r * b_h)`
+
+    With `reset_after=False` the last product is `U_h (r * h_{t-1})`, and there is no
+    recurrent bias. `normalize="joint"` normalises the three sums.
+
+    Args:
+        {normalization}
+
+    All other arguments, the call arguments and what is returned are those of
+    `keras.layers.GRUCell`. `beta` is the bias of the input projection: the first
+    row of the stock cell's bias. It takes `use_bias` and the `bias_*` arguments,
+    as `recurrent_bias`, the second row, does. `dropout` and `recurrent_dropout` must
+    be in [0, 1); all gates share one mask.
+
+    Inside `keras.layers.RNN` a cell sees one timestep at a time: training
+    statistics are frame-wise, and padding is not left out.
+
+    Weights: `kernel` (D, 3U), `recurrent_kernel` (U, 3U), gate order z, r, h;
+    `recurrent_bias` (3U,) with `reset_after` and `use_bias`; `input_norm`, a
+    `SequenceBatchNorm` of 3U features.
+    """
+
+    gates = 3
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        recurrent_activation="sigmoid",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        reset_after=True,
+        seed=None,
+        *,
+        normalize="input",
+        statistics="sequence",
+        population="pooled",
+        max_timesteps=None,
+        momentum=0.99,
+        epsilon=1e-3,
+        gamma_initializer="ones",
+        synchronized=False,
+        **kwargs,
+    ):
+        super().__init__(
+            units=units,
+            activation=activation,
+            recurrent_activation=recurrent_activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            recurrent_initializer=recurrent_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            recurrent_regularizer=recurrent_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            recurrent_constraint=recurrent_constraint,
+            bias_constraint=bias_constraint,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+            reset_after=reset_after,
+            seed=seed,
+            **kwargs,
+        )
+        self._init_normalization(
+            normalize=normalize,
+            statistics=statistics,
+            population=population,
+            max_timesteps=max_timesteps,
+            momentum=momentum,
+            epsilon=epsilon,
+            gamma_initializer=gamma_initializer,
+            synchronized=synchronized,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+        )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.reset_after and self.use_bias:
+            self.recurrent_bias = self.add_weight(
+                shape=(3 * self.units,),
+                name="recurrent_bias",
+                initializer=self.bias_initializer,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+
+    def loop_kernel(self, weights):
+        if self.reset_after:
+            return weights.recurrent_kernel
+        return weights.recurrent_kernel[:, : 2 * self.units]
+
+    def step(self, projected, recurrent, states, weights, normalize):
+        (h_before,) = states
+        units = self.units
+        gates, candidate = slice(0, 2 * units), slice(2 * units, 3 * units)
+        if weights.recurrent_bias is not None:
+            recurrent = recurrent + weights.recurrent_bias
+
+        a = normalize(projected[:, gates] + recurrent[:, gates], gates)
+        z, r = ops.split(self.recurrent_activation(a), 2, axis=-1)  # (B, 2U): z, r
+        if self.reset_after:
+            b = r * recurrent[:, candidate]
+        else:
+            b = ops.matmul(r * h_before, weights.recurrent_kernel[:, candidate])
+        a = normalize(projected[:, candidate] + b, candidate)
+        return [z * h_before + (1 - z) * self.activation(a)]
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+@with_normalization_arguments
+class BNGRU(BNRNN):
+    """Gated recurrent unit, batch-normalised.
+
+    With `a = BN(W x_t)`, BN as in `SequenceBatchNorm`, and
+    `b = U h_{t-1} + recurrent_bias`, both split into the gates z, r, h:
+
+    `z = sigmoid(a_z + b_z)`, `r = sigmoid(a_r + b_r)`
+    `h_t = z * h_{t-1} + (1 - z) * tanh(a_h + r * b_h)`
+
+    With `reset_after=False` the last product is `U_h (r * h_{t-1})`, and there is no
+    recurrent bias. `normalize="joint"` normalises the three sums.
+
+    Args:
+        {normalization}
+
+    All other arguments, the call arguments and what is returned are those of
+    `keras.layers.GRU`, with the same defaults. `beta` takes the place of the bias of
+    the input projection; `recurrent_bias` is the second row of the stock layer's
+    bias. `use_bias` and the `bias_*` arguments hold for both. `dropout` and
+    `recurrent_dropout` must be in [0, 1); all gates share one mask.
+    `use_cudnn=True` is refused: no fused kernel is used yet.
+
+    Call arguments:
+        sequence: Tensor of shape (B, T, D).
+        mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
+            false has no effect. Default: `None`.
+        training: Whether to use, and learn from, the batch's statistics.
+        initial_state: List of one tensor of shape (B, U). Default: zeros.
+
+    Returns:
+        (B, U), or (B, T, U) with `return_sequences`; then the state (B, U) with
+        `return_state`.
+
+    Raises:
+        ValueError: For an argument out of range, a mask of another shape,
+            frame-wise training with a static batch of 1.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(32, 10, 8)).astype("float32")
+    >>> outputs, state = BNGRU(4, return_sequences=True, return_state=True)(x)
+    >>> outputs.shape, state.shape
+    (TensorShape([32, 10, 4]), TensorShape([32, 4]))
+
+    Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
+    It has no population statistics for inference; they are `SequenceBatchNorm`'s.
+    """
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        recurrent_activation="sigmoid",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        seed=None,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        reset_after=True,
+        use_cudnn="auto",
+        *,
+        normalize="input",
+        statistics="sequence",
+        population="pooled",
+        max_timesteps=None,
+        momentum=0.99,
+        epsilon=1e-3,
+        gamma_initializer="ones",
+        synchronized=False,
+        **kwargs,
+    ):
+        check_use_cudnn(use_cudnn)
+        cell = BNGRUCell(
+            units=units,
+            activation=activation,
+            recurrent_activation=recurrent_activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            recurrent_initializer=recurrent_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            recurrent_regularizer=recurrent_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            recurrent_constraint=recurrent_constraint,
+            bias_constraint=bias_constraint,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+            reset_after=reset_after,
+            seed=seed,
+            normalize=normalize,
+            statistics=statistics,
+            population=population,
+            max_timesteps=max_timesteps,
+            momentum=momentum,
+            epsilon=epsilon,
+            gamma_initializer=gamma_initializer,
+            synchronized=synchronized,
+            dtype=kwargs.get("dtype"),
+            trainable=kwargs.get("trainable", True),
+            name="bn_gru_cell",
+        )
+        super().__init__(
+            cell,
+            return_sequences=return_sequences,
+            return_state=return_state,
+            go_backwards=go_backwards,
+            stateful=stateful,
+            unroll=unroll,
+            activity_regularizer=activity_regularizer,
+            **kwargs,
+        )
+        self.use_cudnn = use_cudnn
+
+    recurrent_activation = of_cell("recurrent_activation")
+    reset_after = of_cell("reset_after")
+
+    def get_config(self):
+        return {**super().get_config(), "use_cudnn": self.use_cudnn}

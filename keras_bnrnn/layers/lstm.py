@@ -1,0 +1,308 @@
+"""Batch-normalised long short-term memory cell and layer."""
+
+import keras
+from keras import ops
+
+from keras_bnrnn.layers.base import (
+    BNRNN,
+    BNCell,
+    check_use_cudnn,
+    of_cell,
+    with_normalization_arguments,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+@with_normalization_arguments
+class BNLSTMCell(BNCell, keras.layers.LSTMCell):
+    """One timestep of `BNLSTM`.
+
+    With `a = BN(W x_t) + U h_{t-1}`, split into the gates i, f, c, o:
+
+    `c_t = sigmoid(a_f) * c_{t-1} + sigmoid(a_i) * tanh(a_c)`
+    `h_t = sigmoid(a_o) * tanh(c_t)`
+
+    Args:
+        {normalization}
+        peephole: Whether the gates see the cell state: `p_i * c_{t-1}` is added to
+            a_i, `p_f * c_{t-1}` to a_f and `p_o * c_t` to a_o, after
+            normalisation. Default: `False`.
+
+    All other arguments, the call arguments and what is returned are those of
+    `keras.layers.LSTMCell`. `beta`, the bias of the input projection, takes
+    `use_bias`, `unit_forget_bias` and the `bias_*` arguments. `dropout` and
+    `recurrent_dropout` must be in [0, 1); all gates share one mask.
+
+    Inside `keras.layers.RNN` a cell sees one timestep at a time: training
+    statistics are frame-wise, and padding is not left out.
+
+    Weights: `kernel` (D, 4U), `recurrent_kernel` (U, 4U), gate order i, f, c, o;
+    `input_norm`, a `SequenceBatchNorm` of 4U features; with `peephole`,
+    `peephole_kernel` (3, U): p_i, p_f, p_o, zeros at first.
+    """
+
+    gates = 4
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        recurrent_activation="sigmoid",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        unit_forget_bias=True,
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        seed=None,
+        *,
+        normalize="input",
+        statistics="sequence",
+        population="pooled",
+        max_timesteps=None,
+        momentum=0.99,
+        epsilon=1e-3,
+        gamma_initializer="ones",
+        synchronized=False,
+        peephole=False,
+        **kwargs,
+    ):
+        super().__init__(
+            units=units,
+            activation=activation,
+            recurrent_activation=recurrent_activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            recurrent_initializer=recurrent_initializer,
+            bias_initializer=bias_initializer,
+            unit_forget_bias=unit_forget_bias,
+            kernel_regularizer=kernel_regularizer,
+            recurrent_regularizer=recurrent_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            recurrent_constraint=recurrent_constraint,
+            bias_constraint=bias_constraint,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+            seed=seed,
+            **kwargs,
+        )
+        self._init_normalization(
+            normalize=normalize,
+            statistics=statistics,
+            population=population,
+            max_timesteps=max_timesteps,
+            momentum=momentum,
+            epsilon=epsilon,
+            gamma_initializer=gamma_initializer,
+            synchronized=synchronized,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+        )
+        self.peephole = peephole
+
+    def _beta_initializer(self):
+        if self.unit_forget_bias:
+            return UnitForgetBias(self.bias_initializer)
+        return self.bias_initializer
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.peephole:
+            self.peephole_kernel = self.add_weight(
+                shape=(3, self.units), name="peephole_kernel", initializer="zeros"
+            )
+
+    def step(self, projected, recurrent, states, weights, normalize):
+        _, c_before = states
+        a = normalize(projected + recurrent)  # (B, 4U): i, f, c, o
+        a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
+        if self.peephole:
+            p_i, p_f, p_o = ops.unstack(self.peephole_kernel, axis=0)
+            a_i = a_i + p_i * c_before
+            a_f = a_f + p_f * c_before
+        kept = self.recurrent_activation(a_f) * c_before
+        c = kept + self.recurrent_activation(a_i) * self.activation(a_c)
+        if self.peephole:
+            a_o = a_o + p_o * c
+        h = self.recurrent_activation(a_o) * self.activation(c)
+        return [h, c]
+
+    def get_config(self):
+        return {**super().get_config(), "peephole": self.peephole}
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+@with_normalization_arguments
+class BNLSTM(BNRNN):
+    """Long short-term memory, batch-normalised.
+
+    With `a = BN(W x_t) + U h_{t-1}`, BN as in `SequenceBatchNorm`, split into the
+    gates i, f, c, o:
+
+    `c_t = sigmoid(a_f) * c_{t-1} + sigmoid(a_i) * tanh(a_c)`
+    `h_t = sigmoid(a_o) * tanh(c_t)`
+
+    Args:
+        {normalization}
+        peephole: Whether the gates see the cell state: `p_i * c_{t-1}` is added to
+            a_i, `p_f * c_{t-1}` to a_f and `p_o * c_t` to a_o, after
+            normalisation. Default: `False`.
+
+    All other arguments, the call arguments and what is returned are those of
+    `keras.layers.LSTM`, with the same defaults. `beta` takes the place of the bias,
+    and with it `use_bias`, `unit_forget_bias` and the `bias_*` arguments.
+    `dropout` and `recurrent_dropout` must be in [0, 1); all gates share one
+    mask. `use_cudnn=True` is refused: no fused kernel is used yet.
+
+    Call arguments:
+        sequence: Tensor of shape (B, T, D).
+        mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
+            false has no effect. Default: `None`.
+        training: Whether to use, and learn from, the batch's statistics.
+        initial_state: List of two tensors of shape (B, U), h and c. Default: zeros.
+
+    Returns:
+        (B, U), or (B, T, U) with `return_sequences`; then the states h and c, each
+        (B, U), with `return_state`.
+
+    Raises:
+        ValueError: For an argument out of range, a mask of another shape,
+            frame-wise training with a static batch of 1.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((None, 8)),
+    ...     BNLSTM(16, return_sequences=True),
+    ...     BNLSTM(16),
+    ...     keras.layers.Dense(1),
+    ... ])
+    >>> model(np.ones((4, 10, 8), "float32")).shape
+    TensorShape([4, 1])
+
+    Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
+    It has no population statistics for inference; they are `SequenceBatchNorm`'s.
+    """
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        recurrent_activation="sigmoid",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        unit_forget_bias=True,
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        seed=None,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        use_cudnn="auto",
+        *,
+        normalize="input",
+        statistics="sequence",
+        population="pooled",
+        max_timesteps=None,
+        momentum=0.99,
+        epsilon=1e-3,
+        gamma_initializer="ones",
+        synchronized=False,
+        peephole=False,
+        **kwargs,
+    ):
+        check_use_cudnn(use_cudnn)
+        cell = BNLSTMCell(
+            units=units,
+            activation=activation,
+            recurrent_activation=recurrent_activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            recurrent_initializer=recurrent_initializer,
+            bias_initializer=bias_initializer,
+            unit_forget_bias=unit_forget_bias,
+            kernel_regularizer=kernel_regularizer,
+            recurrent_regularizer=recurrent_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            recurrent_constraint=recurrent_constraint,
+            bias_constraint=bias_constraint,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+            seed=seed,
+            normalize=normalize,
+            statistics=statistics,
+            population=population,
+            max_timesteps=max_timesteps,
+            momentum=momentum,
+            epsilon=epsilon,
+            gamma_initializer=gamma_initializer,
+            synchronized=synchronized,
+            peephole=peephole,
+            dtype=kwargs.get("dtype"),
+            trainable=kwargs.get("trainable", True),
+            name="bn_lstm_cell",
+        )
+        super().__init__(
+            cell,
+            return_sequences=return_sequences,
+            return_state=return_state,
+            go_backwards=go_backwards,
+            stateful=stateful,
+            unroll=unroll,
+            activity_regularizer=activity_regularizer,
+            **kwargs,
+        )
+        self.use_cudnn = use_cudnn
+
+    recurrent_activation = of_cell("recurrent_activation")
+    unit_forget_bias = of_cell("unit_forget_bias")
+    peephole = of_cell("peephole")
+
+    def get_config(self):
+        return {**super().get_config(), "use_cudnn": self.use_cudnn}
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+class UnitForgetBias(keras.initializers.Initializer):
+    """Ones for the forget quarter of an LSTM's bias, as `unit_forget_bias` asks.
+
+    Args:
+        initializer: Initializer of the other quarters.
+    """
+
+    def __init__(self, initializer="zeros"):
+        self.initializer = keras.initializers.get(initializer)
+
+    def __call__(self, shape, dtype=None):
+        (width,) = shape
+        units = width // 4
+        return ops.concatenate(  # (4U,): i, f, c, o
+            [
+                self.initializer((units,), dtype=dtype),
+                ops.ones((units,), dtype=dtype),
+                self.initializer((2 * units,), dtype=dtype),
+            ]
+        )
+
+    def get_config(self):
+        return {"initializer": keras.initializers.serialize(self.initializer)}

@@ -1,0 +1,207 @@
+"""Batch-normalised simple (Elman) recurrent cell and layer."""
+
+import keras
+
+from keras_bnrnn.layers.base import BNRNN, BNCell, with_normalization_arguments
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+@with_normalization_arguments
+class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
+    """One timestep of `BNSimpleRNN`.
+
+    `h_t = activation(BN(W x_t) + U h_{t-1})`
+
+    Args:
+        {normalization}
+
+    All other arguments, the call arguments and what is returned are those of
+    `keras.layers.SimpleRNNCell`. `beta`, the bias of the input projection, takes
+    `use_bias` and the `bias_*` arguments. `dropout` and `recurrent_dropout` must be
+    in [0, 1).
+
+    Inside `keras.layers.RNN` a cell sees one timestep at a time: training
+    statistics are frame-wise, and padding is not left out.
+
+    Weights: `kernel` (D, U), `recurrent_kernel` (U, U) and `input_norm`, a
+    `SequenceBatchNorm` of U features.
+    """
+
+    gates = 1
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        seed=None,
+        *,
+        normalize="input",
+        statistics="sequence",
+        population="pooled",
+        max_timesteps=None,
+        momentum=0.99,
+        epsilon=1e-3,
+        gamma_initializer="ones",
+        synchronized=False,
+        **kwargs,
+    ):
+        super().__init__(
+            units=units,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            recurrent_initializer=recurrent_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            recurrent_regularizer=recurrent_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            recurrent_constraint=recurrent_constraint,
+            bias_constraint=bias_constraint,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+            seed=seed,
+            **kwargs,
+        )
+        self._init_normalization(
+            normalize=normalize,
+            statistics=statistics,
+            population=population,
+            max_timesteps=max_timesteps,
+            momentum=momentum,
+            epsilon=epsilon,
+            gamma_initializer=gamma_initializer,
+            synchronized=synchronized,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+        )
+
+    def step(self, projected, recurrent, states, weights, normalize):
+        return [self.activation(normalize(projected + recurrent))]
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+@with_normalization_arguments
+class BNSimpleRNN(BNRNN):
+    """Simple recurrent network, batch-normalised.
+
+    `h_t = activation(BN(W x_t) + U h_{t-1})`, BN as in `SequenceBatchNorm`.
+
+    Args:
+        {normalization}
+
+    All other arguments, the call arguments and what is returned are those of
+    `keras.layers.SimpleRNN`, with the same defaults. `beta` takes the place of the
+    bias, and with it `use_bias` and the `bias_*` arguments. `dropout` and
+    `recurrent_dropout` must be in [0, 1).
+
+    Call arguments:
+        sequence: Tensor of shape (B, T, D).
+        mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
+            false has no effect. Default: `None`.
+        training: Whether to use, and learn from, the batch's statistics.
+        initial_state: List of one tensor of shape (B, U). Default: zeros.
+
+    Returns:
+        (B, U), or (B, T, U) with `return_sequences`; then the state (B, U) with
+        `return_state`.
+
+    Raises:
+        ValueError: For an argument out of range, a mask of another shape,
+            frame-wise training with a static batch of 1.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(32, 10, 8)).astype("float32")
+    >>> BNSimpleRNN(4, return_sequences=True)(x).shape
+    TensorShape([32, 10, 4])
+
+    Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
+    It has no population statistics for inference; they are `SequenceBatchNorm`'s.
+    """
+
+    def __init__(
+        self,
+        units,
+        activation="tanh",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        recurrent_initializer="orthogonal",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        recurrent_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        recurrent_constraint=None,
+        bias_constraint=None,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        seed=None,
+        *,
+        normalize="input",
+        statistics="sequence",
+        population="pooled",
+        max_timesteps=None,
+        momentum=0.99,
+        epsilon=1e-3,
+        gamma_initializer="ones",
+        synchronized=False,
+        **kwargs,
+    ):
+
+        cell = BNSimpleRNNCell(
+            units=units,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            recurrent_initializer=recurrent_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            recurrent_regularizer=recurrent_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            recurrent_constraint=recurrent_constraint,
+            bias_constraint=bias_constraint,
+            dropout=dropout,
+            recurrent_dropout=recurrent_dropout,
+            seed=seed,
+            normalize=normalize,
+            statistics=statistics,
+            population=population,
+            max_timesteps=max_timesteps,
+            momentum=momentum,
+            epsilon=epsilon,
+            gamma_initializer=gamma_initializer,
+            synchronized=synchronized,
+            dtype=kwargs.get("dtype"),
+            trainable=kwargs.get("trainable", True),
+            name="bn_simple_rnn_cell",
+        )
+        super().__init__(
+            cell,
+            return_sequences=return_sequences,
+            return_state=return_state,
+            go_backwards=go_backwards,
+            stateful=stateful,
+            unroll=unroll,
+            activity_regularizer=activity_regularizer,
+            **kwargs,
+        )

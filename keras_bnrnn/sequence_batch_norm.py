@@ -1,0 +1,347 @@
+"""`SequenceBatchNorm`: batch normalisation of sequences, padding left out."""
+
+import keras
+from keras import ops
+
+from keras_bnrnn import statistics as stats
+from keras_bnrnn.distribution import sum_over_replicas
+
+
+@keras.saving.register_keras_serializable(package="keras_bnrnn")
+class SequenceBatchNorm(keras.layers.Layer):
+    """Batch normalisation of sequences, over their valid frames only.
+
+    For each feature k
+
+    `y_k = gamma_k * (x_k - E[x_k]) / sqrt(Var[x_k] + epsilon) + beta_k`
+
+    In training E and Var are the batch's own: over every valid frame of the
+    batch (`statistics="sequence"`), or over the rows at each timestep alone
+    (`statistics="frame"`). At inference, and where the layer is frozen
+    (`trainable=False`), they are the population statistics `moving_mean` and
+    `moving_variance`, and no variable changes.
+
+    The k-th training step weighs its batch by `max(1 - momentum, 1 / k)` in the
+    moving averages: the first copies the batch, so nothing of the initial 0 and 1
+    remains. A batch without a valid frame changes nothing.
+    `keras_bnrnn.recalibrate` replaces the moving averages by the exact
+    statistics of a data set.
+
+    Sequence-wise statistics see all timesteps of the training batch, later ones
+    included: a model that predicts the next frame wants `"frame"`.
+
+    Args:
+        statistics: `"sequence"` (default) or `"frame"`, see above.
+        population: `"pooled"` (default): one mean and variance of all valid
+            frames, whatever their timestep. (`"timestep"` is not available yet.)
+        max_timesteps: Only for `population="timestep"`. Default: `None`.
+        momentum: Float in [0, 1), the weight of the past in the moving averages.
+            Default: 0.99.
+        epsilon: Float > 0, added to the variance. Default: 1e-3.
+        center: Whether there is a `beta`. Default: `True`.
+        scale: Whether there is a `gamma`. Default: `True`.
+        synchronized: Whether batch statistics are taken over all replicas of
+            a `tf.distribute` strategy. Default: `False`.
+        gamma_initializer: Initializer of `gamma`. Default: `"ones"`.
+        beta_initializer: Initializer of `beta`. Default: `"zeros"`.
+        gamma_regularizer, beta_regularizer: Regularizers. Default: `None`.
+        gamma_constraint, beta_constraint: Constraints. Default: `None`.
+        **kwargs: `name`, `dtype`, `trainable` of `keras.layers.Layer`.
+            Statistics are float32 whatever the compute dtype (float64 in a
+            float64 layer).
+
+    Call arguments:
+        inputs: Tensor of shape (B, T, ..., F).
+        mask: Boolean tensor of shape (B, T), true where a frame is valid; any
+            pattern. `None`: all are.
+        training: Whether to use, and learn from, the batch's statistics.
+
+    Returns:
+        A tensor of the shape of `inputs`. In training, what stands at frames
+        that are not valid is finite and means nothing.
+
+    Raises:
+        ValueError: For an argument out of range, inputs of rank below 3, a mask
+            of another shape, frame-wise training with a static batch of 1.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(5.0, 3.0, (8, 20, 4)).astype("float32")
+    >>> y = SequenceBatchNorm()(x, training=True)
+    >>> round(abs(float(np.mean(y))), 3)
+    0.0
+
+    Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378),
+    sections 3 and 4.
+    """
+
+    def __init__(
+        self,
+        statistics="sequence",
+        population="pooled",
+        max_timesteps=None,
+        momentum=0.99,
+        epsilon=1e-3,
+        center=True,
+        scale=True,
+        synchronized=False,
+        gamma_initializer="ones",
+        beta_initializer="zeros",
+        gamma_regularizer=None,
+        beta_regularizer=None,
+        gamma_constraint=None,
+        beta_constraint=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if statistics not in ("sequence", "frame"):
+            raise ValueError(
+                "`statistics` must be 'sequence' or 'frame'. "
+                f"Received: statistics={statistics!r}"
+            )
+        if population == "timestep":
+            raise ValueError(
+                "`population='timestep'` is not available yet: use 'pooled'. "
+                f"Received: population={population!r}"
+            )
+        if population != "pooled":
+            raise ValueError(
+                f"`population` must be 'pooled'. Received: population={population!r}"
+            )
+        if max_timesteps is not None:
+            raise ValueError(
+                "`max_timesteps` belongs to `population='timestep'`, which is not "
+                f"available yet. Received: max_timesteps={max_timesteps!r}"
+            )
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(
+                f"`momentum` must be in [0, 1). Received: momentum={momentum!r}"
+            )
+        if not epsilon > 0.0:
+            raise ValueError(
+                f"`epsilon` must be greater than 0. Received: epsilon={epsilon!r}"
+            )
+        self.statistics = statistics
+        self.population = population
+        self.max_timesteps = max_timesteps
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.center = center
+        self.scale = scale
+        self.synchronized = synchronized
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
+        self.beta_initializer = keras.initializers.get(beta_initializer)
+        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
+        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
+        self.gamma_constraint = keras.constraints.get(gamma_constraint)
+        self.beta_constraint = keras.constraints.get(beta_constraint)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        if len(input_shape) < 3:
+            raise ValueError(
+                "`inputs` must have a rank of at least 3: (batch, timesteps, ..., "
+                f"features). Received: inputs of shape {tuple(input_shape)}"
+            )
+        features = input_shape[-1]
+        if features is None:
+            raise ValueError(
+                "The last dimension of `inputs` must be known. "
+                f"Received: inputs of shape {tuple(input_shape)}"
+            )
+        # `autocast=False`: normalisation is computed in the statistics' dtype
+        # even where the layer computes in half precision.
+        self.gamma = self.beta = None
+        if self.scale:
+            self.gamma = self.add_weight(
+                shape=(features,),
+                name="gamma",
+                initializer=self.gamma_initializer,
+                regularizer=self.gamma_regularizer,
+                constraint=self.gamma_constraint,
+                autocast=False,
+            )
+        if self.center:
+            self.beta = self.add_weight(
+                shape=(features,),
+                name="beta",
+                initializer=self.beta_initializer,
+                regularizer=self.beta_regularizer,
+                constraint=self.beta_constraint,
+                autocast=False,
+            )
+
+        def statistic(name, shape, initializer, aggregation):
+            return self.add_weight(
+                shape=shape,
+                name=name,
+                initializer=initializer,
+                dtype=self._statistics_dtype,
+                trainable=False,
+                autocast=False,
+                aggregation=aggregation,
+            )
+
+        self.moving_mean = statistic("moving_mean", (features,), "zeros", "mean")
+        self.moving_variance = statistic("moving_variance", (features,), "ones", "mean")
+        self.update_count = statistic("update_count", (), "zeros", "only_first_replica")
+
+    @property
+    def _statistics_dtype(self):
+        return "float64" if self.variable_dtype == "float64" else "float32"
+
+    def call(self, inputs, mask=None, training=None):
+        x = ops.cast(inputs, self._statistics_dtype)
+        if self.uses_batch_statistics(training):
+            valid = None
+            if mask is not None:
+                valid = self._valid_frames(mask, inputs)
+                x = ops.where(valid, x, 0.0)
+            axes = list(range(len(x.shape) - 1))  # all but the features
+            if self.statistics == "frame":
+                axes.remove(1)
+                self.require_group_size(inputs.shape, axes)
+            moments = self.batch_moments(x, valid, tuple(axes))
+            self.update_statistics(*pooled_over_frames(*moments))
+            x = stats.normalize(x, *moments[:2], *self._affine(), self.epsilon)
+        else:
+            scale, shift = self.scale_and_shift()
+            x = x * scale + shift
+        return ops.cast(x, self.compute_dtype)
+
+    def uses_batch_statistics(self, training):
+        """Whether a call with this `training` normalises by the batch's moments."""
+        return bool(training) and self.trainable
+
+    def batch_moments(self, x, valid, axes):
+        """`statistics.masked_moments`, over all replicas where synchronized."""
+        return stats.masked_moments(
+            x, valid, axes, sum_over_replicas if self.synchronized else None
+        )
+
+    def scale_and_shift(self):
+        """The affine map that inference applies: two tensors of shape (F,)."""
+        return stats.scale_and_shift(
+            ops.convert_to_tensor(self.moving_mean),
+            ops.convert_to_tensor(self.moving_variance),
+            *self._affine(),
+            self.epsilon,
+        )
+
+    def update_statistics(self, mean, variance, count, across_steps=False):
+        """Moves the population statistics towards a batch's.
+
+        Args:
+            mean, variance: Tensors of shape (F,), over all the batch's frames.
+            count: Number of these frames, shape () or (1,). 0 changes nothing.
+            across_steps: Whether successive updates are successive timesteps of
+                one batch. Their means then differ for good reason, and what they
+                differ by belongs to the pooled variance.
+        """
+        mean = ops.stop_gradient(mean)
+        variance = ops.stop_gradient(variance)
+        seen = ops.reshape(count, ()) > 0
+        k = self.update_count + 1.0
+        weight = ops.maximum(
+            ops.cast(1.0 - self.momentum, k.dtype), 1.0 / ops.maximum(k, 1.0)
+        )
+        if across_steps:
+            distance = ops.square(mean - self.moving_mean)
+            variance = variance + (1.0 - weight) * distance
+
+        for variable, new in (
+            (self.moving_mean, mean),
+            (self.moving_variance, variance),
+        ):
+            moved = variable * (1.0 - weight) + new * weight
+            variable.assign(ops.where(seen, moved, variable))
+        self.update_count.assign(ops.where(seen, k, self.update_count))
+
+    def set_statistics(self, mean, variance):
+        """Sets the population statistics; later training moves on from them.
+
+        Args:
+            mean, variance: Arrays of shape (F,).
+        """
+        self.moving_mean.assign(mean)
+        self.moving_variance.assign(variance)
+        # As many updates as bring their weight down to 1 - momentum: what is set
+        # here is not thrown away by the next training step.
+        settled = 1.0 / (1.0 - self.momentum)
+        self.update_count.assign(ops.maximum(self.update_count, settled))
+
+    def require_group_size(self, shape, axes):
+        """Refuses frame-wise training statistics over what is always one value."""
+        size = 1
+        for axis in axes:
+            size = None if None in (size, shape[axis]) else size * shape[axis]
+        if size == 1 and not self.synchronized:
+            raise ValueError(
+                "`statistics='frame'` normalises each timestep over the rows of the "
+                "batch: training needs a batch of more than 1. "
+                f"Received: statistics={self.statistics!r} with inputs of "
+                f"shape {tuple(shape)}"
+            )
+
+    def _affine(self):
+        gamma, beta = self.gamma, self.beta
+        if gamma is not None:
+            gamma = ops.cast(gamma, self._statistics_dtype)
+        if beta is not None:
+            beta = ops.cast(beta, self._statistics_dtype)
+        return gamma, beta
+
+    def _valid_frames(self, mask, inputs):
+        """The mask as booleans that broadcast to `inputs`."""
+        check_mask(mask, inputs.shape)
+        mask = ops.cast(mask, "bool")
+        for _ in range(len(inputs.shape) - 2):
+            mask = ops.expand_dims(mask, -1)
+        return mask  # (B, T, 1, ..., 1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "statistics": self.statistics,
+            "population": self.population,
+            "max_timesteps": self.max_timesteps,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "scale": self.scale,
+            "synchronized": self.synchronized,
+            "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
+            "beta_initializer": keras.initializers.serialize(self.beta_initializer),
+            "gamma_regularizer": keras.regularizers.serialize(self.gamma_regularizer),
+            "beta_regularizer": keras.regularizers.serialize(self.beta_regularizer),
+            "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
+            "beta_constraint": keras.constraints.serialize(self.beta_constraint),
+        }
+
+
+def pooled_over_frames(mean, variance, count):
+    """Moments of shape (1, T or 1, ..., F) pooled into one of shape (F,)."""
+    features = mean.shape[-1]
+    return stats.pool(
+        ops.reshape(mean, (-1, features)),
+        ops.reshape(variance, (-1, features)),
+        ops.reshape(count, (-1, 1)),
+    )
+
+
+def check_mask(mask, shape):
+    """Refuses a mask that is not (batch, timesteps) of inputs of this shape."""
+    expected = tuple(shape[:2])
+    received = tuple(mask.shape)
+    fits = len(received) == 2 and all(
+        a is None or b is None or a == b
+        for a, b in zip(received, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`mask` must have the shape (batch, timesteps) = {expected} of "
+            f"`inputs`. Received: mask of shape {received}"
+        )

@@ -1,0 +1,106 @@
+"""Masked moments and what is made of them: pure functions on tensors, no state.
+
+B batch, T timesteps, F features. A frame is one (row, timestep) of a batch; it is
+valid where the mask is true. Variances are the biased ones, as in Keras.
+"""
+
+from keras import ops
+
+
+def masked_moments(x, valid=None, axes=(0,), reduce_sum=None):
+    """Mean, variance and count of the valid elements of `x` along `axes`.
+
+    The variance is taken from centred values, and the mean is refined by what
+    the first pass left over, so that float32 holds for a mean far from zero.
+    Where nothing is valid, mean and variance are 0. Differentiable in `x`;
+    invalid elements, NaN included, have no effect and a gradient of exactly 0.
+
+    Args:
+        x: Float tensor of shape (..., F).
+        valid: Boolean tensor broadcastable to `x`, true where an element
+            counts. `None`: all do.
+        axes: Tuple of ints, the axes over which moments are taken.
+        reduce_sum: Function that adds a tensor up over replicas, or `None`.
+
+    Returns:
+        `(mean, variance, count)`, with the axes kept as size 1. `count` has size
+        1 in its last axis too where `valid` has.
+    """
+    if reduce_sum is None:
+
+        def reduce_sum(total):
+            return total
+
+    def total(values):
+        return reduce_sum(ops.sum(values, axis=axes, keepdims=True))
+
+    def only_valid(values):
+        return values if valid is None else ops.where(valid, values, 0.0)
+
+    counted = ops.ones_like(x[..., :1])
+    if valid is not None:
+        counted = counted * ops.cast(valid, x.dtype)
+    count = total(counted)
+    divisor = ops.maximum(count, 1.0)
+
+    shift = ops.stop_gradient(total(only_valid(x)) / divisor)
+    shifted = only_valid(x - shift)
+    remainder = total(shifted) / divisor
+    centred = only_valid(shifted - remainder)
+    variance = total(ops.square(centred)) / divisor
+    return shift + remainder, variance, count
+
+
+def pool(means, variances, counts, axis=0):
+    """Moments of the union of groups, from the moments of each group.
+
+    The mean of the variances plus the variance of the means, both weighted by
+    the counts: what one pass over all the elements together would give.
+
+    Args:
+        means, variances: Tensors with the groups along `axis`.
+        counts: Elements in each group, broadcastable to `means`. Groups of 0
+            elements have no effect.
+        axis: Int, the axis of the groups. Default: 0.
+
+    Returns:
+        `(mean, variance, count)` without `axis`.
+    """
+    count = ops.sum(counts, axis=axis, keepdims=True)
+    share = counts / ops.maximum(count, 1.0)
+    mean = ops.sum(share * means, axis=axis, keepdims=True)
+    variance = ops.sum(share * (variances + ops.square(means - mean)), axis=axis)
+    return ops.squeeze(mean, axis), variance, ops.squeeze(count, axis)
+
+
+def scale_and_shift(mean, variance, gamma, beta, epsilon):
+    """The affine map that normalisation with given moments is.
+
+    `gamma * (a - mean) / sqrt(variance + epsilon) + beta = scale * a + shift`.
+
+    Args:
+        mean, variance: Tensors of shape (..., F).
+        gamma, beta: Tensors of shape (F,), or `None` for 1 and 0.
+        epsilon: Float added to the variance.
+
+    Returns:
+        `(scale, shift)`, each of the shape of `mean`.
+    """
+    scale = ops.rsqrt(variance + epsilon)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    if beta is not None:
+        shift = shift + beta
+    return scale, shift
+
+
+def normalize(x, mean, variance, gamma, beta, epsilon):
+    """`gamma * (x - mean) / sqrt(variance + epsilon) + beta`.
+
+    Centres before it scales, which `scale_and_shift` cannot: a mean that is
+    large against the standard deviation costs no precision here.
+    """
+    scale, _ = scale_and_shift(mean, variance, gamma, None, epsilon)
+    normalized = (x - mean) * scale
+    return normalized if beta is None else normalized + beta

@@ -1,0 +1,52 @@
+"""Walks the layers that a model is made of."""
+
+import keras
+
+
+def sublayers(layer):
+    """Every layer inside `layer`, itself first, each once, in order of creation.
+
+    Looks through models, wrappers, cells and whatever else keeps layers in its
+    attributes or in lists, tuples and dicts there.
+    """
+    found, queue = {}, [layer]
+    while queue:
+        current = queue.pop(0)
+        if id(current) in found:
+            continue
+        found[id(current)] = current
+        for value in vars(current).values():
+            queue.extend(
+                item
+                for item in keras.tree.flatten(value)
+                if isinstance(item, keras.layers.Layer)
+            )
+    return list(found.values())
+
+
+def require_built_graph(model, purpose):
+    """Refuses what is not a built Sequential or Functional model.
+
+    Args:
+        model: What a user passed as `model`.
+        purpose: What it is needed for, as in "`fold`".
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a `keras.Model` for {purpose}. Received: model={model!r}"
+        )
+    if isinstance(model, keras.Sequential):
+        inputs = model.inputs if model.built else None
+    else:
+        inputs = getattr(model, "inputs", None)
+        if inputs is None:
+            raise ValueError(
+                f"{purpose} reads the graph of a Sequential or Functional model, and "
+                "a subclassed one has none: build it with the functional API. "
+                f"Received: model={model.name!r} of class {type(model).__name__}"
+            )
+    if not inputs:
+        raise ValueError(
+            f"`model` must be built for {purpose}: start it with `keras.Input(...)`, "
+            f"or call it on data once. Received: model={model.name!r}, not built"
+        )

@@ -1,0 +1,59 @@
+"""What several test modules share: layers by name, and weights that tell them apart."""
+
+import keras
+import numpy as np
+
+import keras_bnrnn
+
+KINDS = {
+    "simple_rnn": (keras_bnrnn.BNSimpleRNN, keras.layers.SimpleRNN),
+    "lstm": (keras_bnrnn.BNLSTM, keras.layers.LSTM),
+    "gru": (keras_bnrnn.BNGRU, keras.layers.GRU),
+}
+
+
+def randomize(layer, rng):
+    """Gives every weight random, distinct values; variances positive ones."""
+    for w in layer.weights:
+        name = w.path.rsplit("/", 1)[-1]
+        value = rng.normal(0.0, 0.5, w.shape)
+        if name == "moving_variance":
+            value = rng.uniform(0.3, 3.0, w.shape)
+        elif name == "gamma":
+            value = rng.uniform(0.5, 1.5, w.shape)
+        elif name == "update_count":
+            value = np.float32(7)
+        w.assign(value)
+
+
+def oracle_weights(layer):
+    """The weights of a `BN...` layer as the dict that `oracle.py` takes."""
+    cell, norm = layer.cell, layer.cell.input_norm
+    weights = {
+        "kernel": cell.kernel,
+        "recurrent_kernel": cell.recurrent_kernel,
+        "gamma": norm.gamma,
+        "beta": norm.beta,
+        "moving_mean": norm.moving_mean,
+        "moving_variance": norm.moving_variance,
+    }
+    if cell.recurrent_bias is not None:
+        weights["recurrent_bias"] = cell.recurrent_bias
+    if getattr(cell, "peephole", False):
+        weights["peephole"] = cell.peephole_kernel
+    return {
+        k: keras.ops.convert_to_numpy(w).astype("float64") for k, w in weights.items()
+    }
+
+
+def random_mask(rng, batch, timesteps):
+    """Any pattern, with a row of no valid frame, one of a single one, a full one."""
+    mask = rng.random((batch, timesteps)) < 0.6
+    mask[0], mask[1], mask[2] = False, False, True
+    mask[1, timesteps // 2] = True
+    return mask
+
+
+def gap(a, b):
+    """The largest absolute difference."""
+    return float(np.max(np.abs(np.asarray(a, "float64") - np.asarray(b, "float64"))))
