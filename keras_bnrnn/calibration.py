@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import itertools
-import typing
 import warnings
 
 import keras
@@ -190,27 +189,30 @@ class _Batches:
             )
         if _is_arrays(model, data):
             data = _cut(data, batch_size)
-        elif isinstance(data, keras.utils.PyDataset):
-            dataset, count = data, steps or data.num_batches
-            data = _Reiterable(lambda: (dataset[i] for i in range(count)))
+        self.count = None  # of batches, where that is known before they are read
+        if isinstance(data, keras.utils.PyDataset):
+            self.count = steps or data.num_batches
+            self._read = lambda: (data[i] for i in range(self.count))
+        else:
+            self._read = lambda: iter(data)
+            if isinstance(data, tf.data.Dataset):
+                cardinality = int(data.cardinality())
+                self.count = cardinality if cardinality >= 0 else None
+            elif hasattr(data, "__len__"):
+                self.count = len(data)
         if steps is not None:
-            data = list(itertools.islice(iter(data), steps))
-            if len(data) < steps:
+            used = list(itertools.islice(self._read(), steps))
+            if len(used) < steps:
                 raise ValueError(
                     f"`data` has fewer batches than `steps`. Received: steps={steps} "
-                    f"with {len(data)} batches"
+                    f"with {len(used)} batches"
                 )
-        self._data = data
-        self.count = None  # of batches, where that is known before they are read
-        if isinstance(data, tf.data.Dataset):
-            cardinality = int(data.cardinality())
-            self.count = cardinality if cardinality >= 0 else None
-        elif hasattr(data, "__len__"):
-            self.count = len(data)
+            self.count = steps
+            self._read = lambda: iter(used)
 
     def __iter__(self):
         count = 0
-        for batch in self._data:
+        for batch in self._read():
             x = keras.utils.unpack_x_y_sample_weight(batch)[0]
             yield keras.tree.map_structure(ops.convert_to_tensor, x)
             count += 1
@@ -220,13 +222,6 @@ class _Batches:
         for x in self:
             return x
         raise ValueError("`data` must have at least one batch. Received: an empty one")
-
-
-class _Reiterable(typing.NamedTuple):
-    make: typing.Callable
-
-    def __iter__(self):
-        return self.make()
 
 
 def _is_endless(data):

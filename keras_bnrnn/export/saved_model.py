@@ -25,7 +25,9 @@ def export_saved_model(model, directory, version=None, *, signatures=None):
     int32 tensor (B,) with the number of valid frames of each row, clamped to 0..T.
     Frames past a row's length have no effect, whatever they hold, NaN included.
     It returns the model's outputs by name, floats as float32; an output with a frame
-    for each input frame is zero past the lengths. Batch size and, where the model
+    for each input frame is zero past the lengths (not so in a model with a layer of
+    `go_backwards` and `return_sequences` outside `Bidirectional`, whose sequences start
+    with the padding). Batch size and, where the model
     has it so, T are free. The graph holds no Keras, no optimizer, no XLA and no
     cuDNN kernel, so that it loads anywhere.
 
@@ -135,13 +137,15 @@ class _ServedModel:
         cleaned = dict(inputs)
         for name in self._sequences:
             x = inputs[name]
-            tf.debugging.assert_equal(
+            same_batch = tf.debugging.assert_equal(
                 tf.shape(lengths)[0],
                 tf.shape(x)[0],
                 message=f"`{LENGTHS}` must have the batch size of `{name}`.",
             )
-            # Beyond 0..T a sequence mask is the same as at the bound: clamped.
-            mask = tf.sequence_mask(lengths, tf.shape(x)[1])
+            # Checked before it is used: a batch of one would broadcast silently.
+            with tf.control_dependencies([same_batch]):
+                # Beyond 0..T a sequence mask is that of the bound: clamped.
+                mask = tf.sequence_mask(lengths, tf.shape(x)[1])
             masks[name] = mask
             cleaned[name] = tf.where(_expand(mask, x), x, tf.zeros([], x.dtype))
 
@@ -304,7 +308,9 @@ def _sequence_inputs(inputs):
 
 
 def _per_step_outputs(model, inputs, sequences):
-    """For each output, whether it has a frame for each frame of the input."""
+    """For each output, whether its frames are those of the input, in order."""
+    if _reverses_time(model):
+        return [False] * len(model.outputs)
 
     def output_shapes(timesteps):
         probes = [
@@ -325,6 +331,24 @@ def _per_step_outputs(model, inputs, sequences):
         len(a) > 1 and (a[1], b[1]) == (13, 29)
         for a, b in zip(output_shapes(13), output_shapes(29), strict=True)
     ]
+
+
+def _reverses_time(model):
+    """Whether some layer hands sequences on in reverse, so that padding comes first."""
+    parts = sublayers(model)
+    turned_back = {
+        id(inner)
+        for layer in parts
+        if isinstance(layer, keras.layers.Bidirectional)
+        for inner in (layer.forward_layer, layer.backward_layer)
+    }
+    return any(
+        isinstance(layer, keras.layers.RNN)
+        and layer.go_backwards
+        and layer.return_sequences
+        and id(layer) not in turned_back
+        for layer in parts
+    )
 
 
 def _refuse_stateful(model):

