@@ -42,18 +42,18 @@ def main(argv=None):
 
     if arguments.data_dir:
         texts = penn_treebank(arguments.data_dir)
-        split_words = split_at_spaces
+        split_words, rarest = split_at_spaces, 1
         sentence = texts["valid"][0]
     else:
         texts = language_reference(arguments.seed)
-        split_words = split_script_and_punctuation
+        split_words, rarest = split_script_and_punctuation, 2
         sentence = (
             "If the expression is not empty, the value of the last item is returned."
         )
     if arguments.smoke:
         texts = {part: paragraphs[:150] for part, paragraphs in texts.items()}
     vocabulary = Vocabulary.of(
-        texts["train"], split_words, arguments.vocabulary_size, output
+        texts["train"], split_words, rarest, arguments.vocabulary_size, output
     )
     tokens = {part: vocabulary.encode(text) for part, text in texts.items()}
     print(
@@ -198,12 +198,12 @@ class Vocabulary(tf.Module):
         )
 
     @classmethod
-    def of(cls, texts, split_words, size, folder):
-        """The most frequent words of `texts`, those seen once left out."""
+    def of(cls, texts, split_words, rarest, size, folder):
+        """The `size` most frequent words of `texts`, each there `rarest` times."""
         words = split_words(texts).flat_values.numpy()
         types, counts = np.unique(words, return_counts=True)
         order = np.argsort(-counts, kind="stable")
-        kept = [types[i].decode() for i in order if counts[i] > 1]
+        kept = [types[i].decode() for i in order if counts[i] >= rarest]
         kept = [END, UNKNOWN] + [w for w in kept if w not in (END, UNKNOWN)]
         path = folder / "vocabulary.txt"
         path.write_text("\n".join(kept[:size]) + "\n", encoding="utf-8")

@@ -419,7 +419,7 @@ class _RunningMoments:
         (features,) = norm.moving_mean.shape
         self.variables = [
             tf.Variable(tf.zeros(shape, tf.float64))
-            for shape in ((), features, features)
+            for shape in (1, features, features)
         ]
 
     def reset(self):
@@ -438,10 +438,10 @@ class _RunningMoments:
         mean, variance, count = stats.pool(
             ops.stack([mean_so_far, own[0]]),
             ops.stack([variance_so_far, own[1]]),
-            ops.stack([ops.reshape(count_so_far, (1,)), own[2]]),
+            ops.stack([count_so_far, own[2]]),
         )
         for variable, value in zip(
-            self.variables, (ops.reshape(count, ()), mean, variance), strict=True
+            self.variables, (count, mean, variance), strict=True
         ):
             variable.assign(value)
 

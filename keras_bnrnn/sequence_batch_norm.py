@@ -192,22 +192,29 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=None):
         x = ops.cast(inputs, self._statistics_dtype)
+        valid = None if mask is None else self._valid_frames(mask, inputs)
         if self.uses_batch_statistics(training):
-            valid = None
-            if mask is not None:
-                valid = self._valid_frames(mask, inputs)
-                x = ops.where(valid, x, 0.0)
-            axes = list(range(len(x.shape) - 1))  # all but the features
-            if self.statistics == "frame":
-                axes.remove(1)
-                self.require_group_size(inputs.shape, axes)
-            moments = self.batch_moments(x, valid, tuple(axes))
-            self.update_statistics(*pooled_over_frames(*moments))
-            x = stats.normalize(x, *moments[:2], *self._affine(), self.epsilon)
+            y = self._normalize_by_batch(x, valid)
         else:
             scale, shift = self.scale_and_shift()
-            x = x * scale + shift
-        return ops.cast(x, self.compute_dtype)
+            y = x * scale + shift
+            if valid is not None:
+                # As a stock layer has it in padding, but NaN there stays out of the
+                # gradients.
+                clean = ops.where(valid, x, 0.0) * scale + shift
+                y = ops.where(valid, clean, ops.stop_gradient(y))
+        return ops.cast(y, self.compute_dtype)
+
+    def _normalize_by_batch(self, x, valid):
+        if valid is not None:
+            x = ops.where(valid, x, 0.0)
+        axes = list(range(len(x.shape) - 1))  # all but the features
+        if self.statistics == "frame":
+            axes.remove(1)
+            self.require_group_size(x.shape, axes)
+        moments = self.batch_moments(x, valid, tuple(axes))
+        self.update_statistics(*moments)
+        return stats.normalize(x, *moments[:2], *self.affine(), self.epsilon)
 
     def uses_batch_statistics(self, training):
         """Whether a call with this `training` normalises by the batch's moments."""
@@ -215,36 +222,42 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     def batch_moments(self, x, valid, axes):
         """`statistics.masked_moments`, over all replicas where synchronized."""
-        return stats.masked_moments(
-            x, valid, axes, sum_over_replicas if self.synchronized else None
-        )
+        reduce_sum = sum_over_replicas if self.synchronized else stats.identity
+        return stats.masked_moments(x, valid, axes, reduce_sum)
 
     def scale_and_shift(self):
         """The affine map that inference applies: two tensors of shape (F,)."""
         return stats.scale_and_shift(
             ops.convert_to_tensor(self.moving_mean),
             ops.convert_to_tensor(self.moving_variance),
-            *self._affine(),
+            *self.affine(),
             self.epsilon,
         )
 
-    def update_statistics(self, mean, variance, count, across_steps=False):
-        """Moves the population statistics towards a batch's.
+    def update_statistics(self, means, variances, counts, across_steps=False):
+        """Moves the population statistics towards a batch's, that of all replicas.
 
         Args:
-            mean, variance: Tensors of shape (F,), over all the batch's frames.
-            count: Number of these frames, shape () or (1,). 0 changes nothing.
+            means, variances: Tensors of shape (..., F), the moments of each of the
+                groups that make up the batch.
+            counts: Tensor of shape (..., 1), the frames in each. 0 in all changes
+                nothing.
             across_steps: Whether successive updates are successive timesteps of
-                one batch. Their means then differ for good reason, and what they
-                differ by belongs to the pooled variance.
+                one batch, from inside a loop. Their means then differ for good
+                reason, and what they differ by belongs to the pooled variance.
         """
-        mean = ops.stop_gradient(mean)
-        variance = ops.stop_gradient(variance)
-        seen = ops.reshape(count, ()) > 0
-        k = self.update_count + 1.0
-        weight = ops.maximum(
-            ops.cast(1.0 - self.momentum, k.dtype), 1.0 / ops.maximum(k, 1.0)
+        features = self.moving_mean.shape[0]
+        mean, variance, count = stats.pool(
+            ops.reshape(ops.stop_gradient(means), (-1, features)),
+            ops.reshape(ops.stop_gradient(variances), (-1, features)),
+            ops.reshape(ops.stop_gradient(counts), (-1, 1)),
+            # Replicas cannot meet inside a loop.
+            stats.identity if across_steps else sum_over_replicas,
         )
+        seen = count > 0  # (1,)
+        k = self.update_count + 1.0
+        least = ops.convert_to_tensor(1.0 - self.momentum, k.dtype)
+        weight = ops.maximum(least, 1.0 / ops.maximum(k, 1.0))
         if across_steps:
             distance = ops.square(mean - self.moving_mean)
             variance = variance + (1.0 - weight) * distance
@@ -255,7 +268,7 @@ class SequenceBatchNorm(keras.layers.Layer):
         ):
             moved = variable * (1.0 - weight) + new * weight
             variable.assign(ops.where(seen, moved, variable))
-        self.update_count.assign(ops.where(seen, k, self.update_count))
+        self.update_count.assign(ops.where(seen[0], k, self.update_count))
 
     def set_statistics(self, mean, variance):
         """Sets the population statistics; later training moves on from them.
@@ -283,7 +296,8 @@ class SequenceBatchNorm(keras.layers.Layer):
                 f"shape {tuple(shape)}"
             )
 
-    def _affine(self):
+    def affine(self):
+        """`gamma` and `beta` in the dtype of the statistics, `None` where not used."""
         gamma, beta = self.gamma, self.beta
         if gamma is not None:
             gamma = ops.cast(gamma, self._statistics_dtype)
@@ -320,16 +334,6 @@ class SequenceBatchNorm(keras.layers.Layer):
             "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
             "beta_constraint": keras.constraints.serialize(self.beta_constraint),
         }
-
-
-def pooled_over_frames(mean, variance, count):
-    """Moments of shape (1, T or 1, ..., F) pooled into one of shape (F,)."""
-    features = mean.shape[-1]
-    return stats.pool(
-        ops.reshape(mean, (-1, features)),
-        ops.reshape(variance, (-1, features)),
-        ops.reshape(count, (-1, 1)),
-    )
 
 
 def check_mask(mask, shape):

@@ -7,7 +7,12 @@ valid where the mask is true. Variances are the biased ones, as in Keras.
 from keras import ops
 
 
-def masked_moments(x, valid=None, axes=(0,), reduce_sum=None):
+def identity(total):
+    """The `reduce_sum` of a single replica."""
+    return total
+
+
+def masked_moments(x, valid=None, axes=(0,), reduce_sum=identity):
     """Mean, variance and count of the valid elements of `x` along `axes`.
 
     The variance is taken from centred values, and the mean is refined by what
@@ -20,17 +25,13 @@ def masked_moments(x, valid=None, axes=(0,), reduce_sum=None):
         valid: Boolean tensor broadcastable to `x`, true where an element
             counts. `None`: all do.
         axes: Tuple of ints, the axes over which moments are taken.
-        reduce_sum: Function that adds a tensor up over replicas, or `None`.
+        reduce_sum: Function that adds a tensor up over replicas. Default: there is
+            one.
 
     Returns:
         `(mean, variance, count)`, with the axes kept as size 1. `count` has size
         1 in its last axis too where `valid` has.
     """
-    if reduce_sum is None:
-
-        def reduce_sum(total):
-            return total
-
     def total(values):
         return reduce_sum(ops.sum(values, axis=axes, keepdims=True))
 
@@ -51,26 +52,32 @@ def masked_moments(x, valid=None, axes=(0,), reduce_sum=None):
     return shift + remainder, variance, count
 
 
-def pool(means, variances, counts, axis=0):
+def pool(means, variances, counts, reduce_sum=identity):
     """Moments of the union of groups, from the moments of each group.
 
     The mean of the variances plus the variance of the means, both weighted by
     the counts: what one pass over all the elements together would give.
 
     Args:
-        means, variances: Tensors with the groups along `axis`.
-        counts: Elements in each group, broadcastable to `means`. Groups of 0
+        means, variances: Tensors of shape (N, F), a row for each group.
+        counts: Tensor of shape (N, 1), the elements in each. Groups of 0
             elements have no effect.
-        axis: Int, the axis of the groups. Default: 0.
+        reduce_sum: As in `masked_moments`.
 
     Returns:
-        `(mean, variance, count)` without `axis`.
+        `(mean, variance, count)` of shapes (F,), (F,) and (1,).
     """
-    count = ops.sum(counts, axis=axis, keepdims=True)
+
+    def total(values):
+        return reduce_sum(ops.sum(values, axis=0))
+
+    count = total(counts)
     share = counts / ops.maximum(count, 1.0)
-    mean = ops.sum(share * means, axis=axis, keepdims=True)
-    variance = ops.sum(share * (variances + ops.square(means - mean)), axis=axis)
-    return ops.squeeze(mean, axis), variance, ops.squeeze(count, axis)
+    mean = total(share * means)
+    # What rounding left of it, where the means are far from zero.
+    mean = mean + total(share * (means - mean))
+    variance = total(share * (variances + ops.square(means - mean)))
+    return mean, variance, count
 
 
 def scale_and_shift(mean, variance, gamma, beta, epsilon):

@@ -151,7 +151,7 @@ def test_windows_keep_the_order_of_the_text(example):
 def test_the_treebank_loader_counts_the_end_of_each_line(example, treebank, tmp_path):
     texts = example.penn_treebank(treebank)
     vocabulary = example.Vocabulary.of(
-        texts["train"], example.split_at_spaces, 10_000, tmp_path
+        texts["train"], example.split_at_spaces, 1, 10_000, tmp_path
     )
     raw = (treebank / "ptb.train.txt").read_text()
     ids = vocabulary.encode(texts["train"])

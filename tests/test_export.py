@@ -16,6 +16,7 @@ from helpers import gap, randomize
 
 import keras_bnrnn
 from keras_bnrnn import export_saved_model, fold
+from keras_bnrnn.export import VersionExistsError
 from keras_bnrnn.traversal import sublayers
 
 layers = keras.layers
@@ -322,7 +323,7 @@ def test_versions_count_up_and_are_never_overwritten(rng, tmp_path):
     (directory / "0009").mkdir()  # TensorFlow Serving reads this as version 9
     before = contents(directory)
     for version in (7, 9):
-        with pytest.raises(FileExistsError, match=f"`version`.*version={version} "):
+        with pytest.raises(VersionExistsError, match=f"`version`.*version={version} "):
             export_saved_model(model, directory, version)
     assert contents(directory) == before
     assert export_saved_model(model, directory).name == "10"

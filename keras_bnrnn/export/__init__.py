@@ -1,3 +1,3 @@
-from keras_bnrnn.export.saved_model import export_saved_model
+from keras_bnrnn.export.saved_model import VersionExistsError, export_saved_model
 
-__all__ = ["export_saved_model"]
+__all__ = ["VersionExistsError", "export_saved_model"]

@@ -60,7 +60,8 @@ def export_saved_model(model, directory, version=None, *, signatures=None):
     Raises:
         ValueError: If `model` is not built, subclassed or stateful, or has no
             input with timesteps; for a bad `version` or name of a signature.
-        FileExistsError: If the version is there already. It is left as it is.
+        VersionExistsError: If the version is there already; it is left as it is. A
+            `FileExistsError` and a `ValueError`.
 
     Example:
 
@@ -100,6 +101,10 @@ def export_saved_model(model, directory, version=None, *, signatures=None):
         tf.saved_model.save(root, os.fspath(path), signatures=concrete)
 
     return _write_version(directory, version, write)
+
+
+class VersionExistsError(FileExistsError, ValueError):
+    """A version to be exported is there already."""
 
 
 class _ServedModel:
@@ -380,7 +385,7 @@ def _versions(directory):
 
 def _refuse_existing(directory, version):
     if version in _versions(directory):
-        raise FileExistsError(
+        raise VersionExistsError(
             "`version` is there already and is never overwritten. "
             f"Received: version={version} with directory={os.fspath(directory)!r}"
         )

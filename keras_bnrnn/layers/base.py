@@ -5,6 +5,7 @@ A cell (`BNCell` and a stock Keras cell) is its equations and its weights. A lay
 leaves the rest to the time loop.
 """
 
+import contextlib
 import typing
 
 import keras
@@ -68,7 +69,7 @@ class BatchNormalizer:
             x = ops.where(self._valid, x, 0.0)
         mean, variance, count = norm.batch_moments(x, self._valid, (0,))
         self._moments.append((mean[0], variance[0], count[0]))
-        gamma, beta = (None if p is None else p[columns] for p in norm._affine())
+        gamma, beta = (None if p is None else p[columns] for p in norm.affine())
         y = stats.normalize(x, mean, variance, gamma, beta, norm.epsilon)
         return ops.cast(y, a.dtype)
 
@@ -143,6 +144,7 @@ class BNCell:
                     f"`{name}` must be in [0, 1). Received: {name}={rate!r}"
                 )
         self.normalize = normalize
+        self._first_step = None
         # One mask for all gates: the recurrent product stays one product.
         self.dropout_mask_count = None
         self.input_norm = SequenceBatchNorm(
@@ -217,7 +219,7 @@ class BNCell:
         states = list(states) if nested else [states]
         output = states[0]
         if training and self.dropout:
-            inputs = inputs * self.get_dropout_mask(inputs)
+            inputs = inputs * super().get_dropout_mask(inputs)
         if training and self.recurrent_dropout:
             output = output * self.get_recurrent_dropout_mask(output)
 
@@ -225,6 +227,7 @@ class BNCell:
         learns = norm.uses_batch_statistics(training)
         if learns:
             norm.require_group_size(inputs.shape, (0,))
+            self._forget_trial_step(output)
             normalizer = BatchNormalizer(norm, None)
         else:
             normalizer = PopulationNormalizer(norm)
@@ -244,6 +247,43 @@ class BNCell:
         if learns:
             norm.update_statistics(*normalizer.moments(), across_steps=True)
         return states[0], states if nested else states[0]
+
+    # `keras.layers.RNN` tries the first timestep once before its loop, to learn the
+    # shapes, and does it over in the loop. It asks for the dropout mask before all
+    # that and resets it at the end: by this a cell knows where a sequence starts, and
+    # takes back what it learnt in the trial.
+
+    def get_dropout_mask(self, step_input):
+        self._first_step = ()
+        return super().get_dropout_mask(step_input)
+
+    def reset_dropout_mask(self):
+        self._first_step = None
+        super().reset_dropout_mask()
+
+    def _forget_trial_step(self, state):
+        """Restores the statistics if this is the first timestep once more.
+
+        It is where the state is the very one of the first call, or where the loop's
+        body is being traced, which has a graph of its own.
+        """
+        first = self._first_step
+        if first is None:
+            return
+        norm = self.input_norm
+        variables = (norm.moving_mean, norm.moving_variance, norm.update_count)
+        if not first:
+            self._first_step = (state, *(ops.copy(v) for v in variables))
+            return
+        first_state, *values = first
+        graph = getattr(first_state, "graph", None)
+        in_body = getattr(state, "graph", None) is not graph
+        if in_body or state is first_state:
+            with graph.as_default() if in_body else contextlib.nullcontext():
+                for variable, value in zip(variables, values, strict=True):
+                    variable.assign(value)
+        if in_body:
+            self._first_step = None
 
     def own_weights(self):
         """The weights as they are trained."""
@@ -369,7 +409,7 @@ class BNRNN(keras.layers.RNN):
             collected=moments if in_loop else (),
         )
         if in_loop:
-            norm.update_statistics(*stats.pool(*collected))
+            norm.update_statistics(*collected)
         return self._masked_outputs(outputs, states, mask)
 
     def pre_activations(self, sequences, initial_state=None, mask=None):
