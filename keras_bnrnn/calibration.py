@@ -191,7 +191,9 @@ class _Batches:
             data = _cut(data, batch_size)
         self.count = None  # of batches, where that is known before they are read
         if isinstance(data, keras.utils.PyDataset):
-            self.count = steps or data.num_batches
+            self.count = data.num_batches
+            if steps is not None:
+                self.count = min(steps, self.count or steps)
             self._read = lambda: (data[i] for i in range(self.count))
         else:
             self._read = lambda: iter(data)
@@ -252,7 +254,7 @@ def _cut(arrays, batch_size):
             f"Received: {sorted(rows)} rows"
         )
     return [
-        keras.tree.map_structure(lambda a, i=i: a[i : i + batch_size], arrays)
+        (keras.tree.map_structure(lambda a, i=i: a[i : i + batch_size], arrays),)
         for i in range(0, rows.pop(), batch_size)
     ]
 

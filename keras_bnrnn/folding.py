@@ -16,7 +16,7 @@ from keras_bnrnn.layers import (
 )
 from keras_bnrnn.layers.base import BNRNN, BNCell
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
-from keras_bnrnn.traversal import require_built_graph, sublayers
+from keras_bnrnn.traversal import has_graph, require_built_graph, sublayers
 
 
 class FoldedLayer(typing.NamedTuple):
@@ -67,20 +67,11 @@ def fold(model, return_report=False):
     ['LSTM']
     """
     require_built_graph(model, "`fold`")
-    report, pairs = [], []
-
-    def clone_layer(layer):
-        if not isinstance(layer, keras.layers.Layer):
-            return layer  # an operation such as `keras.ops.add`: no state
-        clone = _folded(layer, report)
-        pairs.append((layer, clone))
-        return clone
-
-    folded = keras.models.clone_model(model, clone_function=clone_layer, recursive=True)
+    report = []
+    folded = _folded_graph(model, report)
     if not folded.built:
         folded.build([x.shape for x in model.inputs])
-    for layer, clone in pairs:
-        _copy_weights(layer, clone)
+    _copy_weights(model, folded)
     kept = [entry for entry in report if entry.kept_because is not None]
     if kept:
         warnings.warn(
@@ -129,8 +120,43 @@ INFERENCE = {
 }
 
 
+def _folded_graph(model, report):
+    """The graph of a model with the stand-ins of its layers in it."""
+    inputs = None
+    if not isinstance(model, keras.Sequential):
+        layers = {id(x.output): x for x in model.layers if _is_input(x)}
+        inputs = keras.tree.map_structure(
+            lambda x: _copy_of_input(layers[id(x)]), model.input
+        )
+    return keras.models.clone_model(
+        model,
+        input_tensors=inputs,
+        clone_function=lambda layer: _folded(layer, report),
+        recursive=True,
+    )
+
+
+def _copy_of_input(layer):
+    """An input that keeps both its names, of the layer and of the tensor."""
+    x = layer.output
+    tensor = keras.KerasTensor(
+        x.shape, x.dtype, sparse=x.sparse, ragged=x.ragged, name=x.name
+    )
+    return keras.layers.InputLayer(
+        input_tensor=tensor, optional=layer.optional, name=layer.name
+    ).output
+
+
+def _is_input(layer):
+    return isinstance(layer, keras.layers.InputLayer)
+
+
 def _folded(layer, report):
     """The layer to stand for `layer`, not built yet."""
+    if not isinstance(layer, keras.layers.Layer):
+        return layer  # an operation such as `keras.ops.add`: it has no state
+    if isinstance(layer, keras.Model) and has_graph(layer):
+        return _folded_graph(layer, report)
     if isinstance(layer, (BNRNN, BNCell)):
         if reason := _why_not(layer):
             return _kept(layer, report, reason)
@@ -164,7 +190,12 @@ def _folded(layer, report):
 
 def _copy_weights(layer, clone):
     """Gives the built `clone` what makes it equal to `layer`."""
-    if isinstance(clone, keras.layers.BatchNormalization) and isinstance(
+    if isinstance(layer, keras.Model) and has_graph(layer):
+        clones = {part.name: part for part in clone.layers}
+        for part in layer.layers:
+            if not _is_input(part):
+                _copy_weights(part, clones[part.name])
+    elif isinstance(clone, keras.layers.BatchNormalization) and isinstance(
         layer, SequenceBatchNorm
     ):
         affine = [w for w in (layer.gamma, layer.beta) if w is not None]
@@ -208,6 +239,9 @@ def _stock(layer, stock_classes):
     config = {**layer.get_config(), **INFERENCE}
     for name in OWN_ARGUMENTS:
         config.pop(name, None)
+    if config.get("go_backwards"):
+        # Keras' unrolled loop masks reversed outputs by the mask in forward order.
+        config["unroll"] = False
     return stock.from_config(config)
 
 

@@ -32,6 +32,7 @@ def masked_moments(x, valid=None, axes=(0,), reduce_sum=identity):
         `(mean, variance, count)`, with the axes kept as size 1. `count` has size
         1 in its last axis too where `valid` has.
     """
+
     def total(values):
         return reduce_sum(ops.sum(values, axis=axes, keepdims=True))
 

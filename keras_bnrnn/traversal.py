@@ -30,6 +30,11 @@ def _layers_in(value):
             yield from _layers_in(item)
 
 
+def has_graph(model):
+    """Whether a model is Sequential or Functional, not subclassed."""
+    return isinstance(model, keras.Sequential) or hasattr(model, "inputs")
+
+
 def require_built_graph(model, purpose):
     """Refuses what is not a built Sequential or Functional model.
 
@@ -41,17 +46,13 @@ def require_built_graph(model, purpose):
         raise ValueError(
             f"`model` must be a `keras.Model` for {purpose}. Received: model={model!r}"
         )
-    if isinstance(model, keras.Sequential):
-        inputs = model.inputs if model.built else None
-    else:
-        inputs = getattr(model, "inputs", None)
-        if inputs is None:
-            raise ValueError(
-                f"{purpose} reads the graph of a Sequential or Functional model, and "
-                "a subclassed one has none: build it with the functional API. "
-                f"Received: model={model.name!r} of class {type(model).__name__}"
-            )
-    if not inputs:
+    if not has_graph(model):
+        raise ValueError(
+            f"{purpose} reads the graph of a Sequential or Functional model, and "
+            "a subclassed one has none: build it with the functional API. "
+            f"Received: model={model.name!r} of class {type(model).__name__}"
+        )
+    if not model.built or not model.inputs:
         raise ValueError(
             f"`model` must be built for {purpose}: start it with `keras.Input(...)`, "
             f"or call it on data once. Received: model={model.name!r}, not built"

@@ -306,14 +306,14 @@ def test_several_inputs(rng):
     a, b = keras.Input((T, D), name="a"), keras.Input((T, D), name="b")
     first, second = ours("simple_rnn"), ours("gru")
     outputs = second(first(a) + layers.Dense(U)(b))
-    x, y = rng.normal(size=(2, N, T, D)).astype("float32")
+    x, y = rng.normal(size=(2, 21, T, D)).astype("float32")
     listed = randomized(keras.Model([a, b], outputs), rng)
     named = keras.Model({"a": a, "b": b}, outputs)
     results = []
     for model, data in (
         (listed, [x, y]),
         (listed, tf.data.Dataset.from_tensor_slices(((x, y), x[:, 0])).batch(7)),
-        (listed, list(zip(zip(cut(x, [9, 14]), cut(y, [9, 14]), strict=True)))),
+        (listed, [((x[:7], y[:7]),), ((x[7:], y[7:]),)]),
         (named, {"a": x, "b": y}),
     ):
         recalibrate(model, data, batch_size=7, verbose=0)
@@ -479,7 +479,7 @@ def test_only_population_statistics_change_and_training_goes_on(rng):
             layers.Dense(1),
         ]
     )
-    x = rng.normal(1.0, 2.0, (64, T, D)).astype("float32")
+    x = rng.normal(1.0, 2.0, (32, T, D)).astype("float32")
     y = x[:, -1, :1] - 1.0
     model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
     model.fit(x, y, epochs=1, verbose=0)
@@ -501,7 +501,7 @@ def test_only_population_statistics_change_and_training_goes_on(rng):
     assert [x.trainable for x in sublayers(model)] == trainable
     assert not any("call" in vars(layer) for layer in sublayers(model))
 
-    losses = model.fit(x, y, epochs=6, verbose=0).history["loss"]
+    losses = model.fit(x, y, epochs=5, batch_size=16, verbose=0).history["loss"]
     assert losses[-1] < 0.9 * losses[0]
 
 

@@ -145,6 +145,7 @@ class BNCell:
                 )
         self.normalize = normalize
         self._first_step = None
+        self._drops_nothing = False
         # One mask for all gates: the recurrent product stays one product.
         self.dropout_mask_count = None
         self.input_norm = SequenceBatchNorm(
@@ -255,7 +256,12 @@ class BNCell:
 
     def get_dropout_mask(self, step_input):
         self._first_step = ()
-        return super().get_dropout_mask(step_input)
+        return None if self._drops_nothing else super().get_dropout_mask(step_input)
+
+    def get_recurrent_dropout_mask(self, step_input):
+        if self._drops_nothing:
+            return None
+        return super().get_recurrent_dropout_mask(step_input)
 
     def reset_dropout_mask(self):
         self._first_step = None
@@ -365,6 +371,16 @@ class BNRNN(keras.layers.RNN):
     def __init__(self, cell, activity_regularizer=None, **kwargs):
         super().__init__(cell, activity_regularizer=activity_regularizer, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        # Keras draws dropout masks at inference too, which changes the seed's state.
+        self.cell._drops_nothing = not training
+        try:
+            return super().call(
+                sequences, initial_state=initial_state, mask=mask, training=training
+            )
+        finally:
+            self.cell._drops_nothing = False
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         cell = self.cell
