@@ -225,7 +225,7 @@ def _copy_weights(layer, clone):
 
 
 def _copy_folded_weights(cell, stock_cell):
-    kernel, bias, recurrent_kernel, recurrent_bias = cell.folded_weights()
+    kernel, bias, recurrent_kernel, recurrent_bias, _ = cell.folded_weights()
     if getattr(stock_cell, "reset_after", False):
         if recurrent_bias is None:
             recurrent_bias = ops.zeros_like(bias)

@@ -283,15 +283,21 @@ class SequenceBatchNorm(keras.layers.Layer):
         settled = 1.0 / (1.0 - self.momentum)
         self.update_count.assign(ops.maximum(self.update_count, settled))
 
-    def require_group_size(self, shape, axes):
-        """Refuses frame-wise training statistics over what is always one value."""
+    def require_group_size(self, shape, axes, cause="`statistics='frame'`"):
+        """Refuses to train on the statistics of what is always a single value.
+
+        Args:
+            shape: The shape of the inputs.
+            axes: The axes over which moments are taken.
+            cause: Why they are taken over no more than that.
+        """
         size = 1
         for axis in axes:
             size = None if None in (size, shape[axis]) else size * shape[axis]
         if size == 1 and not self.synchronized:
             raise ValueError(
-                "`statistics='frame'` normalises each timestep over the rows of the "
-                "batch: training needs a batch of more than 1. "
+                f"With {cause} training statistics are frame-wise, over the rows of "
+                "the batch at each timestep: it must have more than one. "
                 f"Received: statistics={self.statistics!r} with inputs of "
                 f"shape {tuple(shape)}"
             )

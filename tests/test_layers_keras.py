@@ -505,6 +505,9 @@ def test_the_recurrent_dropout_mask_is_constant_over_time(kind, arguments, rng):
         outputs = layer(frames(rng, 1, 8, D), training=True)
         loss = tf.reduce_sum(tf.square(outputs))
     gradient = tape.gradient(loss, layer.cell.recurrent_kernel.value).numpy()
+    if "reset_after" in arguments:
+        # The reset gate of a dropped unit has nothing to reset: no gradient either.
+        gradient = np.delete(gradient, slice(12, 24), axis=1)
     dropped = np.all(gradient == 0.0, axis=1)  # (U,)
     assert 2 <= dropped.sum() <= 10
     np.testing.assert_array_equal(np.any(gradient == 0.0, axis=1), dropped)

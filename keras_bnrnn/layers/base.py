@@ -47,6 +47,8 @@ class CellWeights(typing.NamedTuple):
     bias: typing.Any  # (G*U,) or None
     recurrent_kernel: typing.Any  # (U, G*U)
     recurrent_bias: typing.Any  # (G*U,) or None
+    # (B, U), multiplies the output on its way to a recurrent product; or None
+    recurrent_dropout_mask: typing.Any = None
 
 
 def identity(a, columns=None):
@@ -221,19 +223,22 @@ class BNCell:
         output = states[0]
         if training and self.dropout:
             inputs = inputs * super().get_dropout_mask(inputs)
+        dropout_mask = None
         if training and self.recurrent_dropout:
-            output = output * self.get_recurrent_dropout_mask(output)
+            dropout_mask = self.get_recurrent_dropout_mask(output)
 
         norm = self.input_norm
         learns = norm.uses_batch_statistics(training)
         if learns:
-            norm.require_group_size(inputs.shape, (0,))
+            norm.require_group_size(inputs.shape, (0,), "a cell")
             self._forget_trial_step(output)
             normalizer = BatchNormalizer(norm, None)
         else:
             normalizer = PopulationNormalizer(norm)
-        weights = self.own_weights()
+        weights = self.own_weights()._replace(recurrent_dropout_mask=dropout_mask)
         projected = ops.matmul(inputs, weights.kernel)
+        if dropout_mask is not None:
+            output = output * dropout_mask
         normalize = normalizer
         if self.normalize == "input":
             projected = normalizer(projected)
@@ -311,7 +316,7 @@ class BNCell:
         for `"joint"` of the recurrent kernel) are scaled, and the shift is a bias.
         """
         scale, shift = self.input_norm.scale_and_shift()
-        kernel, _, recurrent_kernel, recurrent_bias = self.own_weights()
+        kernel, _, recurrent_kernel, recurrent_bias, _ = self.own_weights()
 
         def scaled(tensor):
             return ops.cast(ops.cast(tensor, scale.dtype) * scale, tensor.dtype)
@@ -389,18 +394,17 @@ class BNRNN(keras.layers.RNN):
         if training and cell.dropout:
             dropout_mask = cell.get_dropout_mask(sequences[:, 0, :])
             sequences = sequences * dropout_mask[:, None, :]
-        recurrent_dropout_mask = None
-        if training and cell.recurrent_dropout:
-            recurrent_dropout_mask = cell.get_recurrent_dropout_mask(initial_state[0])
-
         learns = norm.uses_batch_statistics(training)
         in_loop = learns and cell.normalize == "joint"
         weights = cell.own_weights() if learns else cell.folded_weights()
+        if training and cell.recurrent_dropout:
+            dropout_mask = cell.get_recurrent_dropout_mask(initial_state[0])
+            weights = weights._replace(recurrent_dropout_mask=dropout_mask)
         projected = ops.matmul(sequences, weights.kernel)  # (B, T, G*U)
         if not learns:
             projected = projected + weights.bias
         elif in_loop:
-            norm.require_group_size(sequences.shape, (0,))
+            norm.require_group_size(sequences.shape, (0,), "`normalize='joint'`")
         else:
             projected = norm(projected, mask=mask, training=True)
 
@@ -418,7 +422,7 @@ class BNRNN(keras.layers.RNN):
             initial_state,
             cell.loop_kernel(weights),
             mask=mask,
-            recurrent_dropout_mask=recurrent_dropout_mask,
+            recurrent_dropout_mask=weights.recurrent_dropout_mask,
             go_backwards=self.go_backwards,
             unroll=self.unroll,
             return_sequences=self.return_sequences,

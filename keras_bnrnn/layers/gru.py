@@ -136,7 +136,10 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         if self.reset_after:
             b = r * recurrent[:, candidate]
         else:
-            b = ops.matmul(r * h_before, weights.recurrent_kernel[:, candidate])
+            h = h_before
+            if weights.recurrent_dropout_mask is not None:
+                h = h * weights.recurrent_dropout_mask
+            b = ops.matmul(r * h, weights.recurrent_kernel[:, candidate])
         a = normalize(projected[:, candidate] + b, candidate)
         return [z * h_before + (1 - z) * self.activation(a)]
 
