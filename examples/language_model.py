@@ -102,11 +102,11 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--data-dir", help="folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt")
     add("--output-dir", default="runs/language_model", help="for all that is written")
-    add("--epochs", type=int, default=6)
+    add("--epochs", type=int, default=5)
     add("--units", type=int, default=128, help="of each of the two layers")
-    add("--batch-size", type=int, default=32, help="rows of text side by side")
-    add("--timesteps", type=int, default=35, help="words a row, in one batch")
-    add("--learning-rate", type=float, default=4e-3, help="Adam's")
+    add("--batch-size", type=int, default=20, help="rows of text side by side")
+    add("--timesteps", type=int, default=20, help="words a row, in one batch")
+    add("--learning-rate", type=float, default=8e-3, help="Adam's")
     add("--vocabulary-size", type=int, default=10_000, help="most types to keep")
     add("--seed", type=int, default=1)
     add("--port", type=int, default=0, help="of the local server; 0: any free one")
@@ -283,8 +283,10 @@ class Perplexity(keras.callbacks.Callback):
 
 def train(model, label, tokens, arguments):
     print(f"\n{label}: {model.count_params():,} weights")
+    windows = batches(tokens["train"], arguments).unbatch()
+    windows = windows.shuffle(100_000, seed=arguments.seed)
     history = model.fit(
-        batches(tokens["train"], arguments),
+        windows.batch(arguments.batch_size, drop_remainder=True).prefetch(2),
         validation_data=batches(tokens["valid"], arguments),
         epochs=arguments.epochs,
         shuffle=False,

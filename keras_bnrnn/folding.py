@@ -225,12 +225,14 @@ def _copy_weights(layer, clone):
 
 
 def _copy_folded_weights(cell, stock_cell):
-    kernel, bias, recurrent_kernel, recurrent_bias, _ = cell.folded_weights()
+    folded = cell.folded_weights()
+    bias = folded.bias
     if getattr(stock_cell, "reset_after", False):
+        recurrent_bias = folded.recurrent_bias
         if recurrent_bias is None:
             recurrent_bias = ops.zeros_like(bias)
         bias = ops.stack([bias, recurrent_bias])  # (2, 3U): as the stock GRU has it
-    weights = (kernel, recurrent_kernel, bias)
+    weights = (folded.kernel, folded.recurrent_kernel, bias)
     stock_cell.set_weights([ops.convert_to_numpy(w) for w in weights])
 
 

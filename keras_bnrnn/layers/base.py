@@ -47,6 +47,7 @@ class CellWeights(typing.NamedTuple):
     bias: typing.Any  # (G*U,) or None
     recurrent_kernel: typing.Any  # (U, G*U)
     recurrent_bias: typing.Any  # (G*U,) or None
+    peephole_kernel: typing.Any = None  # (3, U): i, f, o, or None
     # (B, U), multiplies the output on its way to a recurrent product; or None
     recurrent_dropout_mask: typing.Any = None
 
@@ -59,8 +60,9 @@ def identity(a, columns=None):
 class BatchNormalizer:
     """Normalises pre-activations of one timestep by the moments of its valid rows."""
 
-    def __init__(self, norm, valid):
+    def __init__(self, norm, affine, valid=None):
         self._norm = norm
+        self._affine = affine
         self._valid = valid
         self._moments = []
 
@@ -71,7 +73,7 @@ class BatchNormalizer:
             x = ops.where(self._valid, x, 0.0)
         mean, variance, count = norm.batch_moments(x, self._valid, (0,))
         self._moments.append((mean[0], variance[0], count[0]))
-        gamma, beta = (None if p is None else p[columns] for p in norm.affine())
+        gamma, beta = (None if p is None else p[columns] for p in self._affine)
         y = stats.normalize(x, mean, variance, gamma, beta, norm.epsilon)
         return ops.cast(y, a.dtype)
 
@@ -186,7 +188,7 @@ class BNCell:
             regularizer=self.recurrent_regularizer,
             constraint=self.recurrent_constraint,
         )
-        self.recurrent_bias = None
+        self.recurrent_bias = self.peephole_kernel = None
         self.input_norm.build((None, None, width))
         self.built = True
 
@@ -232,7 +234,7 @@ class BNCell:
         if learns:
             norm.require_group_size(inputs.shape, (0,), "a cell")
             self._forget_trial_step(output)
-            normalizer = BatchNormalizer(norm, None)
+            normalizer = BatchNormalizer(norm, norm.affine())
         else:
             normalizer = PopulationNormalizer(norm)
         weights = self.own_weights()._replace(recurrent_dropout_mask=dropout_mask)
@@ -299,14 +301,16 @@ class BNCell:
     def own_weights(self):
         """The weights as they are trained."""
 
-        def tensor(variable):
-            return None if variable is None else ops.convert_to_tensor(variable)
+        def read(variable):
+            # Here and now: a variable read inside a loop is kept for each timestep.
+            return None if variable is None else ops.copy(variable)
 
         return CellWeights(
-            tensor(self.kernel),
-            None,
-            tensor(self.recurrent_kernel),
-            tensor(self.recurrent_bias),
+            kernel=read(self.kernel),
+            bias=None,
+            recurrent_kernel=read(self.recurrent_kernel),
+            recurrent_bias=read(self.recurrent_bias),
+            peephole_kernel=read(self.peephole_kernel),
         )
 
     def folded_weights(self):
@@ -316,21 +320,19 @@ class BNCell:
         for `"joint"` of the recurrent kernel) are scaled, and the shift is a bias.
         """
         scale, shift = self.input_norm.scale_and_shift()
-        kernel, _, recurrent_kernel, recurrent_bias, _ = self.own_weights()
+        own = self.own_weights()
 
         def scaled(tensor):
             return ops.cast(ops.cast(tensor, scale.dtype) * scale, tensor.dtype)
 
-        if self.normalize == "joint":
-            recurrent_kernel = scaled(recurrent_kernel)
-            if recurrent_bias is not None:
-                recurrent_bias = scaled(recurrent_bias)
-        return CellWeights(
-            scaled(kernel),
-            ops.cast(shift, kernel.dtype),
-            recurrent_kernel,
-            recurrent_bias,
+        folded = own._replace(
+            kernel=scaled(own.kernel), bias=ops.cast(shift, own.kernel.dtype)
         )
+        if self.normalize == "joint":
+            folded = folded._replace(recurrent_kernel=scaled(own.recurrent_kernel))
+            if own.recurrent_bias is not None:
+                folded = folded._replace(recurrent_bias=scaled(own.recurrent_bias))
+        return folded
 
     def get_config(self):
         norm = self.input_norm
@@ -408,8 +410,12 @@ class BNRNN(keras.layers.RNN):
         else:
             projected = norm(projected, mask=mask, training=True)
 
+        affine = norm.affine()
+
         def step(projected_t, recurrent_t, states, valid_t):
-            normalize = BatchNormalizer(norm, valid_t) if in_loop else identity
+            normalize = identity
+            if in_loop:
+                normalize = BatchNormalizer(norm, affine, valid_t)
             states = cell.step(projected_t, recurrent_t, states, weights, normalize)
             return states, normalize.moments() if in_loop else ()
 

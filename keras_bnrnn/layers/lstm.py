@@ -125,7 +125,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
         a = normalize(projected + recurrent)  # (B, 4U): i, f, c, o
         a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
         if self.peephole:
-            p_i, p_f, p_o = ops.unstack(self.peephole_kernel, axis=0)
+            p_i, p_f, p_o = ops.unstack(weights.peephole_kernel, axis=0)
             a_i = a_i + p_i * c_before
             a_f = a_f + p_f * c_before
         kept = self.recurrent_activation(a_f) * c_before
