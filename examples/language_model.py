@@ -29,6 +29,7 @@ from keras_bnrnn.serving import ModelServer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 UNKNOWN, END = "<unk>", "<eos>"
 MODEL_NAME = "language_model"
@@ -316,6 +317,9 @@ def plot_curves(curves, path):
         )
     axes.set(xlabel="epoch", ylabel="perplexity per word", yscale="log")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=150)
