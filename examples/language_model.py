@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 UNKNOWN, END = "<unk>", "<eos>"
+MOST_TOKENS = 200  # that one request may ask for
 MODEL_NAME = "language_model"
 
 
@@ -79,8 +80,11 @@ def main(argv=None):
     moved = keras_bnrnn.recalibrate(model, windows)
     for name, by in moved.items():
         print(f"  {name}: means moved by up to {by['mean']:.2f} standard deviations")
-    loss = model.evaluate(batches(tokens["valid"], arguments), verbose=0)
-    print(f"Validation perplexity with them: {np.exp(loss):.1f}\n")
+    for part in ("valid", "test"):
+        if part in tokens:
+            loss = model.evaluate(batches(tokens[part], arguments), verbose=0)
+            print(f"Perplexity with them, {part}: {np.exp(loss):.1f}")
+    print()
 
     version = keras_bnrnn.export_saved_model(
         model,
@@ -103,12 +107,12 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--data-dir", help="folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt")
     add("--output-dir", default="runs/language_model", help="for all that is written")
-    add("--epochs", type=int, default=5)
-    add("--units", type=int, default=128, help="of each of the two layers")
-    add("--batch-size", type=int, default=20, help="rows of text side by side")
-    add("--timesteps", type=int, default=20, help="words a row, in one batch")
+    add("--epochs", type=positive, default=5)
+    add("--units", type=positive, default=128, help="of each of the two layers")
+    add("--batch-size", type=positive, default=20, help="rows of text side by side")
+    add("--timesteps", type=positive, default=20, help="words a row, in one batch")
     add("--learning-rate", type=float, default=8e-3, help="Adam's")
-    add("--vocabulary-size", type=int, default=10_000, help="most types to keep")
+    add("--vocabulary-size", type=positive, default=10_000, help="most types to keep")
     add("--seed", type=int, default=1)
     add("--port", type=int, default=0, help="of the local server; 0: any free one")
     add("--sentence", help="to score and, its first words, to continue")
@@ -117,6 +121,13 @@ def parse_arguments(argv):
     if arguments.smoke:
         arguments.epochs, arguments.units, arguments.batch_size = 1, 8, 8
     return arguments
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text}")
+    return value
 
 
 def language_reference(seed):
@@ -354,7 +365,10 @@ class Scorer(tf.Module):
 
 
 class Generator(tf.Module):
-    """The signature `generate`: the prompt and up to `max_tokens` words more."""
+    """The signature `generate`: the prompt and up to `max_tokens` words more.
+
+    `max_tokens` counts as no more than `MOST_TOKENS`.
+    """
 
     def __init__(self, predict, vocabulary):
         super().__init__()
@@ -371,6 +385,7 @@ class Generator(tf.Module):
     )
     def __call__(self, prompt, max_tokens, temperature, seed):
         vocabulary = self.vocabulary
+        max_tokens = tf.minimum(max_tokens, MOST_TOKENS)
         words = vocabulary.split_words(prompt)
         rows = words.nrows(out_type=tf.int32)
         starts = tf.fill([rows, 1], vocabulary.end)
@@ -420,7 +435,8 @@ def ask(url, sentence, arguments):
     def predict(signature, instance):
         body = {"signature_name": signature, "instances": [instance]}
         print(f"\ncurl -d '{json.dumps(body)}' {endpoint}")
-        response = httpx.post(endpoint, json=body, timeout=60)
+        # `trust_env`: not by way of a proxy, which knows another 127.0.0.1.
+        response = httpx.post(endpoint, json=body, timeout=60, trust_env=False)
         if response.status_code != 200:
             raise SystemExit(f"The server answered {response.text}")
         return response.json()["predictions"][0]

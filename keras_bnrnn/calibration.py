@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import itertools
+import numbers
 import warnings
 
 import keras
@@ -13,7 +14,7 @@ from keras import ops
 from keras_bnrnn import statistics as stats
 from keras_bnrnn.layers.base import BNRNN, BNCell
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
-from keras_bnrnn.traversal import sublayers
+from keras_bnrnn.traversal import numbered, sublayers
 
 # Passes until statistics that depend on themselves are taken not to settle, and
 # how far a pass may still move them, in standard deviations.
@@ -35,20 +36,22 @@ def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
     `normalize="joint"` or a layer called twice, it is read until they settle.
 
     Args:
-        model: A built `keras.Model`. Only its population statistics change, and
-            if anything fails not even they.
+        model: A built `keras.Model`. Only its population statistics change, those of
+            frozen layers too, and if anything fails not even they.
         data: Arrays as for `model.predict`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or another iterable of batches, each `x` or
-            `(x, y, ...)`. For a model with one input a list is one of batches.
+            `(x, y, ...)`. For a model with one input a list is one of batches. It
+            must give the same frames each time it is read.
         steps: Number of batches to use, which are then kept in memory. Default:
-            all; an endless data set and an iterator need it.
+            all; an endless data set and an iterator need it (of a data set that
+            does not know its size, give it if it may be endless).
         batch_size: Int, for arrays. Default: 32.
         verbose: 1 (default) for a progress bar, 0 for silence.
 
     Returns:
-        A dict from layer name to `{"mean": ..., "variance": ...}`: the furthest
-        that a component of its mean moved, in standard deviations, and its
-        variance, relatively.
+        A dict from layer name (numbered, where several have the same) to
+        `{"mean": ..., "variance": ...}`: the furthest that a component of its mean
+        moved, in standard deviations, and its variance, relatively.
 
     Raises:
         ValueError: If `model` is not built or has nothing to recalibrate, `data` has
@@ -80,9 +83,10 @@ def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
             _recalibrate_group(
                 model, group, batches, f"{number}/{len(groups)}", verbose
             )
+    names = numbered(target.name for target in targets)
     return {
-        target.name: _moved(old, target.statistics(), target.norm.epsilon)
-        for target, old in zip(targets, before, strict=True)
+        name: _moved(old, target.statistics(), target.norm.epsilon)
+        for name, target, old in zip(names, targets, before, strict=True)
         if target.calls
     }
 
@@ -176,10 +180,22 @@ class _Batches:
     """The `x` of each batch of a data set, to be read more than once."""
 
     def __init__(self, model, data, steps, batch_size):
-        if steps is not None and (not isinstance(steps, int) or steps < 1):
-            raise ValueError(
-                f"`steps` must be a positive integer. Received: steps={steps!r}"
+        for name, number in (("steps", steps), ("batch_size", batch_size)):
+            whole = isinstance(number, numbers.Integral) and not isinstance(
+                number, bool
             )
+            if not (whole and number > 0) and (name, number) != ("steps", None):
+                raise ValueError(
+                    f"`{name}` must be a positive integer. Received: {name}={number!r}"
+                )
+        single = len(getattr(model, "inputs", None) or [None]) == 1
+        if single and isinstance(data, tuple) and all(map(_is_array, data)):
+            raise ValueError(
+                "`data` must not be a tuple of arrays, such as (x, y), for a model of "
+                "one input: pass x alone, or a list of batches. "
+                f"Received: data=a tuple of {len(data)} arrays"
+            )
+        self._model = model
         one_shot = hasattr(data, "__next__")
         endless = _is_endless(data)
         if steps is None and (one_shot or endless):
@@ -215,7 +231,9 @@ class _Batches:
     def __iter__(self):
         count = 0
         for batch in self._read():
-            x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+            # A list of one array for each of several inputs is x: not x and y.
+            several = isinstance(batch, list) and _is_arrays(self._model, batch)
+            x = batch if several else keras.utils.unpack_x_y_sample_weight(batch)[0]
             yield keras.tree.map_structure(ops.convert_to_tensor, x)
             count += 1
         self.count = count
@@ -298,6 +316,7 @@ def _unchanged_on_error(targets):
 def _listening(targets, heard):
     """Calls `heard(target, inputs, initial_state, mask)` as its layer is called."""
     layers = {id(target.layer): target.layer for target in targets}
+    own_calls = {key: vars(layer).get("call") for key, layer in layers.items()}
 
     def listener(layer):
         call = layer.call
@@ -321,8 +340,11 @@ def _listening(targets, heard):
             layer.call = listener(layer)
         yield
     finally:
-        for layer in layers.values():
-            vars(layer).pop("call", None)
+        for key, layer in layers.items():
+            if own_calls[key] is None:
+                vars(layer).pop("call", None)
+            else:
+                layer.call = own_calls[key]
 
 
 def _in_order_of_calls(model, targets, x):

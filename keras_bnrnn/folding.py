@@ -16,7 +16,12 @@ from keras_bnrnn.layers import (
 )
 from keras_bnrnn.layers.base import BNRNN, BNCell
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
-from keras_bnrnn.traversal import has_graph, require_built_graph, sublayers
+from keras_bnrnn.traversal import (
+    copy_of,
+    has_graph,
+    require_built_graph,
+    sublayers,
+)
 
 
 class FoldedLayer(typing.NamedTuple):
@@ -153,10 +158,10 @@ def _is_input(layer):
 
 def _folded(layer, report):
     """The layer to stand for `layer`, not built yet."""
-    if not isinstance(layer, keras.layers.Layer):
-        return layer  # an operation such as `keras.ops.add`: it has no state
     if isinstance(layer, keras.Model) and has_graph(layer):
         return _folded_graph(layer, report)
+    if not _holds_normalization(layer):
+        return copy_of(layer)
     if isinstance(layer, (BNRNN, BNCell)):
         if reason := _why_not(layer):
             return _kept(layer, report, reason)
@@ -166,15 +171,15 @@ def _folded(layer, report):
         return _noted(layer, report, _stock_norm(layer))
 
     config = layer.get_config()
-    if isinstance(layer, keras.layers.Bidirectional):
+    if type(layer) is keras.layers.Bidirectional:
         forward = _folded(layer.forward_layer, report)
         backward = _folded(layer.backward_layer, report)
         config["layer"] = keras.saving.serialize_keras_object(forward)
         config["backward_layer"] = keras.saving.serialize_keras_object(backward)
-    elif isinstance(layer, keras.layers.Wrapper):
+    elif type(layer) is keras.layers.TimeDistributed:
         inner = _folded(layer.layer, report)
         config["layer"] = keras.saving.serialize_keras_object(inner)
-    elif isinstance(layer, keras.layers.StackedRNNCells):
+    elif type(layer) is keras.layers.StackedRNNCells:
         config["cells"] = [
             keras.saving.serialize_keras_object(_folded(cell, report))
             for cell in layer.cells
@@ -182,10 +187,16 @@ def _folded(layer, report):
     elif type(layer) is keras.layers.RNN:
         cell = _folded(layer.cell, report)
         config["cell"] = keras.saving.serialize_keras_object(cell)
-    elif any(isinstance(s, (BNCell, SequenceBatchNorm)) for s in sublayers(layer)):
-        reason = f"it holds normalised layers, and fold cannot see how {layer.name} "
-        return _kept(layer, report, reason + "calls them")
+    else:
+        reason = f"fold cannot see how {type(layer).__name__} calls what it holds"
+        return _kept(layer, report, reason)
     return type(layer).from_config(config)
+
+
+def _holds_normalization(layer):
+    return isinstance(layer, keras.layers.Layer) and any(
+        isinstance(part, (BNCell, SequenceBatchNorm)) for part in sublayers(layer)
+    )
 
 
 def _copy_weights(layer, clone):
@@ -195,33 +206,45 @@ def _copy_weights(layer, clone):
         for part in layer.layers:
             if not _is_input(part):
                 _copy_weights(part, clones[part.name])
-    elif isinstance(clone, keras.layers.BatchNormalization) and isinstance(
-        layer, SequenceBatchNorm
-    ):
+    elif not _holds_normalization(layer) or _makes(layer) == _makes(clone):
+        clone.set_weights(layer.get_weights())
+        for part, copied in zip(sublayers(layer), sublayers(clone), strict=False):
+            _copy_states(part, copied)
+    elif isinstance(layer, SequenceBatchNorm):
         affine = [w for w in (layer.gamma, layer.beta) if w is not None]
         weights = [*affine, layer.moving_mean, layer.moving_variance]
         clone.set_weights([ops.convert_to_numpy(w) for w in weights])
-    elif isinstance(layer, BNCell) and not isinstance(clone, BNCell):
+    elif isinstance(layer, BNCell):
         _copy_folded_weights(layer, clone)
-    elif isinstance(layer, keras.layers.Bidirectional):
+    else:
+        _copy_parts(layer, clone)
+
+
+def _copy_parts(layer, clone):
+    """Of a stock layer that is made of others."""
+    if isinstance(layer, keras.layers.Bidirectional):
         _copy_weights(layer.forward_layer, clone.forward_layer)
         _copy_weights(layer.backward_layer, clone.backward_layer)
-    elif isinstance(layer, keras.layers.Wrapper):
+    elif isinstance(layer, keras.layers.TimeDistributed):
         _copy_weights(layer.layer, clone.layer)
     elif isinstance(layer, keras.layers.StackedRNNCells):
         for cell, stock_cell in zip(layer.cells, clone.cells, strict=True):
             _copy_weights(cell, stock_cell)
-    elif isinstance(layer, keras.layers.RNN):
-        _copy_weights(layer.cell, clone.cell)
-        for state, copied in zip(
-            keras.tree.flatten(layer.states),
-            keras.tree.flatten(clone.states),
-            strict=True,
-        ):
-            if state is not None:  # the states of a stateful layer
-                copied.assign(state)
     else:
-        clone.set_weights(layer.get_weights())
+        _copy_weights(layer.cell, clone.cell)
+        _copy_states(layer, clone)
+
+
+def _makes(layer):
+    return [type(part) for part in sublayers(layer)]
+
+
+def _copy_states(layer, clone):
+    """The states of a stateful layer go with it."""
+    if isinstance(layer, keras.layers.RNN) and layer.stateful:
+        states, copied = (keras.tree.flatten(x.states) for x in (layer, clone))
+        for state, copied_state in zip(states, copied, strict=True):
+            copied_state.assign(state)
 
 
 def _copy_folded_weights(cell, stock_cell):
@@ -241,6 +264,8 @@ def _stock(layer, stock_classes):
     config = {**layer.get_config(), **INFERENCE}
     for name in OWN_ARGUMENTS:
         config.pop(name, None)
+    if "activity_regularizer" in config:
+        config["activity_regularizer"] = None
     if config.get("go_backwards"):
         # Keras' unrolled loop masks reversed outputs by the mask in forward order.
         config["unroll"] = False
@@ -267,7 +292,7 @@ def _why_not(layer):
 
 def _kept(layer, report, reason):
     report.append(FoldedLayer(layer.name, type(layer).__name__, None, reason))
-    clone = type(layer).from_config(layer.get_config())
+    clone = copy_of(layer)
     clone.trainable = False
     return clone
 

@@ -1,5 +1,7 @@
 """`SequenceBatchNorm`: batch normalisation of sequences, padding left out."""
 
+import numbers
+
 import keras
 from keras import ops
 
@@ -113,14 +115,20 @@ class SequenceBatchNorm(keras.layers.Layer):
                 "`max_timesteps` belongs to `population='timestep'`, which is not "
                 f"available yet. Received: max_timesteps={max_timesteps!r}"
             )
-        if not 0.0 <= momentum < 1.0:
+        if not is_number(momentum) or not 0.0 <= momentum < 1.0:
             raise ValueError(
                 f"`momentum` must be in [0, 1). Received: momentum={momentum!r}"
             )
-        if not epsilon > 0.0:
+        if not is_number(epsilon) or not epsilon > 0.0:
             raise ValueError(
                 f"`epsilon` must be greater than 0. Received: epsilon={epsilon!r}"
             )
+        for name, flag in (
+            ("center", center),
+            ("scale", scale),
+            ("synchronized", synchronized),
+        ):
+            check_flag(name, flag)
         self.statistics = statistics
         self.population = population
         self.max_timesteps = max_timesteps
@@ -196,12 +204,11 @@ class SequenceBatchNorm(keras.layers.Layer):
         if self.uses_batch_statistics(training):
             y = self._normalize_by_batch(x, valid)
         else:
-            scale, shift = self.scale_and_shift()
-            y = x * scale + shift
+            y = self._normalize_by_population(x)
             if valid is not None:
                 # As a stock layer has it in padding, but NaN there stays out of the
                 # gradients.
-                clean = ops.where(valid, x, 0.0) * scale + shift
+                clean = self._normalize_by_population(ops.where(valid, x, 0.0))
                 y = ops.where(valid, clean, ops.stop_gradient(y))
         return ops.cast(y, self.compute_dtype)
 
@@ -215,6 +222,10 @@ class SequenceBatchNorm(keras.layers.Layer):
         moments = self.batch_moments(x, valid, tuple(axes))
         self.update_statistics(*moments)
         return stats.normalize(x, *moments[:2], *self.affine(), self.epsilon)
+
+    def _normalize_by_population(self, x):
+        mean, variance = map(ops.copy, (self.moving_mean, self.moving_variance))
+        return stats.normalize(x, mean, variance, *self.affine(), self.epsilon)
 
     def uses_batch_statistics(self, training):
         """Whether a call with this `training` normalises by the batch's moments."""
@@ -340,6 +351,16 @@ class SequenceBatchNorm(keras.layers.Layer):
             "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
             "beta_constraint": keras.constraints.serialize(self.beta_constraint),
         }
+
+
+def is_number(value):
+    """Whether it is a real number, NumPy's included, and not a boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_flag(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
 
 
 def check_mask(mask, shape):

@@ -30,6 +30,28 @@ def _layers_in(value):
             yield from _layers_in(item)
 
 
+def copy_of(layer):
+    """A new layer of the same configuration; operations are returned as they are."""
+    if not isinstance(layer, keras.layers.Layer):
+        return layer  # an operation such as `keras.ops.add`: it has no state
+    if isinstance(layer, keras.layers.Lambda):
+        # Its code comes from this process, not from a file of unknown origin.
+        return type(layer).from_config(layer.get_config(), safe_mode=False)
+    return type(layer).from_config(layer.get_config())
+
+
+def numbered(names):
+    """The names, with `_1`, `_2`, ... after those that came before."""
+    unique = []
+    for name in names:
+        candidate, number = name, 0
+        while candidate in unique:
+            number += 1
+            candidate = f"{name}_{number}"
+        unique.append(candidate)
+    return unique
+
+
 def has_graph(model):
     """Whether a model is Sequential or Functional, not subclassed."""
     return isinstance(model, keras.Sequential) or hasattr(model, "inputs")

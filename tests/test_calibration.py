@@ -607,3 +607,41 @@ def test_progress(rng, capsys):
     assert told.count("Recalibrating") == 2 and "4/4" in told
     recalibrate(model, x, batch_size=7, verbose=0)
     assert capsys.readouterr().out == ""
+
+
+def test_a_tuple_of_x_and_y_is_not_taken_for_data(rng):
+    model = keras.Sequential([keras.Input((None, 3)), keras_bnrnn.BNLSTM(2)])
+    x = rng.normal(size=(8, 5, 3))
+    with pytest.raises(ValueError, match=r"`data`.*a tuple of 2 arrays"):
+        recalibrate(model, (x, x), verbose=0)
+    for arguments, message in (
+        ({"batch_size": 0}, "`batch_size`.*batch_size=0"),
+        ({"batch_size": -1}, "`batch_size`.*batch_size=-1"),
+        ({"steps": True}, "`steps`.*steps=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recalibrate(model, x, verbose=0, **arguments)
+
+
+def test_batches_that_are_lists_of_several_inputs(rng):
+    inputs = [keras.Input((None, 3)) for _ in range(2)]
+    norm = keras_bnrnn.SequenceBatchNorm()
+    model = keras.Model(inputs, keras.layers.Add()([norm(x) for x in inputs]))
+    x, y = (rng.normal(i, 1.0, (8, 5, 3)) for i in range(2))
+    recalibrate(model, [[x[:3], y[:3]], [x[3:], y[3:]]], verbose=0)
+    frames = np.concatenate([x, y]).reshape(-1, 3)
+    np.testing.assert_allclose(norm.moving_mean, frames.mean(0), atol=1e-6)
+
+
+def test_layers_of_one_name_are_numbered(rng):
+    def part():
+        return keras.Sequential(
+            [
+                keras.Input((None, 3)),
+                keras_bnrnn.BNGRU(3, return_sequences=True, name="rnn"),
+            ]
+        )
+
+    model = keras.Sequential([keras.Input((None, 3)), part(), part()])
+    moved = recalibrate(model, rng.normal(size=(8, 5, 3)), verbose=0)
+    assert list(moved) == ["rnn", "rnn_1"]

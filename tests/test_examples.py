@@ -48,6 +48,7 @@ def test_it_runs_from_text_to_served_text(example, treebank, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert code == 0
     assert "BNLSTM train" in printed and "epoch 1" in printed
+    assert "Perplexity with them, test:" in printed
     assert printed.count("log-probability") >= 5
     assert (output / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     loaded = tf.saved_model.load(output / "language_model" / "1")
@@ -105,6 +106,8 @@ def test_it_runs_from_text_to_served_text(example, treebank, tmp_path, capsys):
         )["logits"].numpy()[0, n]
         logits[vocabulary.index("<unk>")] = -np.inf
         assert text[n] == vocabulary[int(np.argmax(logits))]
+    endless = continued(["w3"], [2**31 - 1], 3.0, 2)[0]
+    assert len(endless.split()) <= 1 + example.MOST_TOKENS
     one, two, other = (continued(["w3 w4"], [12], 1.5, seed)[0] for seed in (5, 5, 6))
     assert one == two != other
 
@@ -113,9 +116,9 @@ def test_text_travels_over_http(example, treebank, tmp_path, monkeypatch, capsys
     requests = []
     post = httpx.post
 
-    def listen(url, json, timeout):
+    def listen(url, json, **kwargs):
         requests.append((url, json))
-        return post(url, json=json, timeout=timeout)
+        return post(url, json=json, **kwargs)
 
     monkeypatch.setattr(example.httpx, "post", listen)
     example.main(
@@ -159,6 +162,13 @@ def test_the_treebank_loader_counts_the_end_of_each_line(example, treebank, tmp_
     words = vocabulary.words(ids).numpy()
     expected = raw.replace("\n", " <eos> ").split()
     assert [w.decode() for w in words] == expected
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--units", "--timesteps"])
+def test_sizes_must_be_positive(option, example, capsys):
+    with pytest.raises(SystemExit):
+        example.parse_arguments([option, "0"])
+    assert f"{option}: must be at least 1. Received: 0" in capsys.readouterr().err
 
 
 def test_a_missing_or_empty_data_file_says_what_was_expected(example, treebank):

@@ -1,5 +1,6 @@
 """Exported versions: what they answer, where they load, what they refuse."""
 
+import doctest
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import tensorflow as tf
 from helpers import gap, randomize
 
 import keras_bnrnn
+import keras_bnrnn.serving.server
 from keras_bnrnn import export_saved_model, fold
 from keras_bnrnn.export import VersionExistsError
 from keras_bnrnn.traversal import sublayers
@@ -23,6 +25,16 @@ layers = keras.layers
 
 # Both sides are float32 with the same weights; only the order of sums differs.
 TOLERANCE = 1e-6
+
+
+def test_docstring_examples(tmp_path):
+    names = {n: getattr(keras_bnrnn, n) for n in keras_bnrnn.__all__}
+    names |= {"keras": keras, "tf": tf, "tmp": tmp_path}
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    for module in (keras_bnrnn.export.saved_model, keras_bnrnn.serving.server):
+        (test,) = (t for t in finder.find(module) if t.examples)
+        test.globs.update(names)
+        assert runner.run(test).failed == 0
 
 
 def per_step_model(rng, **kwargs):
@@ -288,6 +300,80 @@ def test_dicts_name_the_ends_and_an_unnamed_input_is_inputs(rng, tmp_path):
     assert set(serve.structured_input_signature[1]) == {"inputs", "lengths"}
 
 
+def test_a_layer_that_gives_several_outputs_has_them_numbered(rng, tmp_path):
+    a, b = (keras.Input((None, 3), name=name) for name in "ab")
+    encoder = keras_bnrnn.BNLSTM(2, return_state=True, name="enc")
+    model = keras.Model([a, b], [*encoder(a), encoder(b)[0]])
+    randomize_model(model, rng)
+    serve = serving(export_saved_model(model, tmp_path / "m"))
+    x = [rng.normal(size=(2, 4, 3)).astype("float32") for _ in range(2)]
+    answer = serve(
+        a=tf.constant(x[0]), b=tf.constant(x[1]), lengths=tf.constant([4, 4])
+    )
+    for name, expected in zip(
+        ("enc", "enc_1", "enc_2", "enc_3"), fold(model)(x), strict=True
+    ):
+        assert gap(answer[name], expected) <= TOLERANCE
+    with pytest.raises(tf.errors.InvalidArgumentError, match="as many timesteps"):
+        serve(
+            a=tf.constant(x[0]), b=tf.constant(x[1][:, :3]), lengths=tf.constant([3, 3])
+        )
+
+    single = keras.Sequential(
+        [keras.Input((None, 3)), keras_bnrnn.BNGRU(2, return_state=True, name="g")]
+    )
+    serve = serving(export_saved_model(single, tmp_path / "single"))
+    assert set(serve.structured_outputs) == {"g", "g_1"}
+
+
+def test_masks_of_other_inputs_are_left_alone(rng, tmp_path):
+    frames = keras.Input((None, 3), name="frames")
+    tags = keras.Input((7,), dtype="int32", name="tags")
+    tag_states = keras_bnrnn.BNLSTM(2)(layers.Embedding(9, 4, mask_zero=True)(tags))
+    both = layers.Concatenate(name="both")([keras_bnrnn.BNGRU(2)(frames), tag_states])
+    model = keras.Model([frames, tags], both)
+    randomize_model(model, rng)
+    serve = serving(export_saved_model(model, tmp_path / "m"))
+    x = rng.normal(size=(2, 4, 3)).astype("float32")
+    ids = np.array([[1, 2, 0, 3, 4, 5, 6], [8, 7, 6, 0, 0, 0, 0]], "int32")
+    answer = serve(
+        frames=tf.constant(x), tags=tf.constant(ids), lengths=tf.constant([4, 2])
+    )["both"]
+    folded = fold(model)
+    assert gap(answer[0], folded([x[:1], ids[:1]])[0]) <= TOLERANCE
+    assert gap(answer[1], folded([x[1:, :2], ids[1:]])[0]) <= TOLERANCE
+
+
+def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
+    model = keras.Sequential(
+        [
+            keras.Input((None, 3), name="x"),
+            layers.Conv1D(4, 15),
+            layers.MaxPool1D(4),
+            keras_bnrnn.BNLSTM(2, return_sequences=True, name="y"),
+        ]
+    )
+    randomize_model(model, rng)
+    serve = serving(export_saved_model(model, tmp_path / "conv"))
+    x = rng.normal(size=(1, 60, 3)).astype("float32")
+    y = serve(x=tf.constant(x), lengths=tf.constant([60]))["y"]
+    assert gap(y, fold(model)(x)) <= TOLERANCE
+
+    fixed = keras.Sequential(
+        [
+            keras.Input((6, 3), name="x"),
+            keras_bnrnn.BNLSTM(12),
+            layers.Reshape((6, 2), name="y"),
+        ]
+    )
+    randomize_model(fixed, rng)
+    serve = serving(export_saved_model(fixed, tmp_path / "fixed"))
+    x = rng.normal(size=(1, 6, 3)).astype("float32")
+    y = serve(x=tf.constant(x), lengths=tf.constant([2]))["y"]
+    mask = np.arange(6)[None] < 2
+    assert gap(y, fold(fixed)(x, mask=mask)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_floats_leave_as_float32(policy, rng, tmp_path):
     model = keras.Sequential(
@@ -461,6 +547,15 @@ def test_a_model_that_cannot_be_served_is_refused(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_saved_model(make(), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_directory_that_is_not_local_is_refused(rng, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"`directory`.*'gs://bucket/m'"):
+        export_saved_model(per_step_model(rng), "gs://bucket/m")
+    with pytest.raises(ValueError, match=r"`signatures`.*'text', which returned 3"):
+        export_saved_model(per_step_model(rng), "m", signatures={"text": lambda _: 3})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("version", [-1, 1.5, "1", True])

@@ -513,3 +513,41 @@ def test_a_folded_model_loads_where_the_package_is_not(rng, tmp_path):
     outputs = np.load(tmp_path / "out.npy")
     np.testing.assert_array_equal(outputs, folded(list(data.values())))
     assert gap(outputs, model(list(data.values()))) <= 1e-5
+
+
+@keras.saving.register_keras_serializable(package="test_folding")
+class Scaled(keras.layers.Wrapper):
+    """A wrapper with a weight of its own."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.factor = self.add_weight(shape=(), name="factor")
+
+    def call(self, x):
+        return self.factor * self.layer(x)
+
+
+def test_wrappers_keep_weights_of_their_own(rng):
+    x = frames(rng, B, T, D)
+    plain = keras.Sequential(
+        [keras.Input((None, D)), Scaled(keras.layers.Dense(2)), keras_bnrnn.BNLSTM(U)]
+    )
+    check_fold(plain, x, randomized_by=rng)
+    around = keras.Sequential([keras.Input((None, D)), Scaled(keras_bnrnn.BNLSTM(U))])
+    for layer in sublayers(around):
+        randomize(layer, rng)
+    with pytest.warns(UserWarning, match="Scaled"):
+        folded, report = fold(around, return_report=True)
+    assert [(entry.layer, entry.folded_into) for entry in report] == [("Scaled", None)]
+    assert gap(folded(x), around(x)) <= 1e-6  # the same weights
+
+
+def test_lambda_layers_are_taken_along(rng):
+    model = keras.Sequential(
+        [
+            keras.Input((None, D)),
+            keras.layers.Lambda(lambda x: 2.0 * x),
+            keras_bnrnn.BNGRU(U),
+        ]
+    )
+    check_fold(model, frames(rng, B, T, D), randomized_by=rng)

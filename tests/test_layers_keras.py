@@ -753,8 +753,8 @@ def shapes_in(line):
 # Refusals
 
 BAD = [
-    ({"units": 0}, r"`units`.* 0"),
-    ({"units": -3}, r"`units`.* -3"),
+    ({"units": 0}, r"`units`.*units=0"),
+    ({"units": -3}, r"`units`.*units=-3"),
     ({"momentum": 1.5}, r"`momentum`.*momentum=1\.5"),
     ({"momentum": 1.0}, r"`momentum`.*momentum=1\.0"),
     ({"momentum": -0.1}, r"`momentum`.*momentum=-0\.1"),

@@ -710,6 +710,24 @@ def test_stacked_cells_train_on_each_timestep(kind, in_graph, unroll, rng, float
     assert gap(results, outputs) <= 1e-10  # float64, 6 steps of 2 cells
 
 
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_a_stateful_rnn_of_a_cell_trains(in_graph, rng, float64):
+    rnn = rnn_of(bn_cell("gru"), stateful=True, return_state=False)
+    x = normal(rng, B, 2 * T, D)
+    rnn.build((B, T, D))
+    randomize(rnn, rng)
+    rnn.reset_state()
+    rnn.cell.input_norm.update_count.assign(0.0)
+    train = tf.function(rnn) if in_graph else rnn
+    halves = [train(tf.constant(h), training=True) for h in np.split(x, 2, axis=1)]
+    outputs, _, info = oracle.rnn_training("gru", x, None, oracle_weights(rnn), "frame")
+    assert gap(np.concatenate(halves, axis=1), outputs) <= 1e-10  # float64, 12 steps
+    norm = rnn.cell.input_norm
+    assert float(norm.update_count) == 2 * T
+    moments = [info["mean"], info["variance"]]
+    assert_close([norm.moving_mean, norm.moving_variance], moments, 1e-12)
+
+
 # 11. Replicas
 
 
@@ -739,6 +757,12 @@ def compare_replicas():
         compare_on_replicas(strategy, "simple_rnn", statistics, length_on_first=0)
     for normalize in ("input", "joint"):
         compare_populations(strategy, normalize)
+    with strategy.scope():
+        rnn = keras.layers.RNN(bn_cell("lstm"))
+        rnn.build((B, T, D))
+    x = tf.zeros((B, T, D))
+    with pytest.raises(ValueError, match=r"BNLSTMCell 'bnlstm_cell.*2 replicas"):
+        strategy.run(lambda: rnn(x, training=True))
 
 
 def compare_populations(strategy, normalize):

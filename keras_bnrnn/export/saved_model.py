@@ -12,7 +12,12 @@ import keras
 import tensorflow as tf
 
 from keras_bnrnn.folding import fold
-from keras_bnrnn.traversal import require_built_graph, sublayers
+from keras_bnrnn.traversal import (
+    copy_of,
+    numbered,
+    require_built_graph,
+    sublayers,
+)
 
 LENGTHS = "lengths"
 DEFAULT_SIGNATURE = "serving_default"
@@ -25,22 +30,25 @@ def export_saved_model(model, directory, version=None, *, signatures=None):
     int32 tensor (B,) with the number of valid frames of each row, clamped to 0..T.
     Frames past a row's length have no effect, whatever they hold, NaN included.
     It returns the model's outputs by name, floats as float32; an output with a frame
-    for each input frame is zero past the lengths (not so in a model with a layer of
-    `go_backwards` and `return_sequences` outside `Bidirectional`, whose sequences start
-    with the padding). Batch size and, where the model
-    has it so, T are free. The graph holds no Keras, no optimizer, no XLA and no
-    cuDNN kernel, so that it loads anywhere.
+    for each input frame is zero past the lengths, in a model whose T is free. The
+    batch size and T are as free as the model has them. The graph holds no Keras, no
+    optimizer, no XLA and no cuDNN kernel, so that it loads anywhere.
 
     The version is written beside its place and renamed once it is whole: a server
     that polls `directory` never sees half of it.
 
     Inputs have the names of the `keras.Input`s, outputs those of the layers that they
-    come from; for a model of dicts, their keys. A single input that was given no name
-    is called `inputs`.
+    come from, numbered where a layer gives several; for a model of dicts, their keys.
+    A single input that was given no name is called `inputs`. The lengths are those of
+    every input with timesteps (whose T is free, if there are such): a request in
+    which these differ in T fails.
 
     A mask reaches a layer as it does in Keras, only that `Embedding` and `Masking`
     join theirs to that of the lengths. Past a layer which destroys masks
     (`Conv1D`, for one), padding counts as frames of what that layer makes of zeros.
+    A layer of `go_backwards` and `return_sequences` outside `Bidirectional` hands
+    sequences on with the padding in front, which Keras' masks know nothing of: then
+    outputs are not zeroed, and layers above depend on how much padding there is.
 
     Args:
         model: A built Sequential or Functional model with an input of shape
@@ -59,23 +67,31 @@ def export_saved_model(model, directory, version=None, *, signatures=None):
 
     Raises:
         ValueError: If `model` is not built, subclassed or stateful, or has no
-            input with timesteps; for a bad `version` or name of a signature.
+            input with timesteps; for a bad `version` or signature; if `directory` is
+            not local.
         VersionExistsError: If the version is there already; it is left as it is. A
             `FileExistsError` and a `ValueError`.
 
     Example:
 
-    >>> model = keras.Sequential([keras.Input((None, 8), name="x"), BNLSTM(4)])
+    >>> model = keras.Sequential(
+    ...     [keras.Input((None, 8), name="x"), BNLSTM(4, name="state")]
+    ... )
     >>> path = export_saved_model(model, f"{tmp}/digits")
     >>> path.name
     '1'
     >>> serve = tf.saved_model.load(path).signatures["serving_default"]
     >>> list(serve(x=tf.ones((2, 5, 8)), lengths=tf.constant([5, 3])))
-    ['bnlstm']
+    ['state']
     """
     require_built_graph(model, "`export_saved_model`")
     _refuse_stateful(model)
     _check_version(version)
+    if "://" in os.fspath(directory):
+        raise ValueError(
+            "`directory` must be a path of this machine, where a folder can be renamed "
+            f"at once: export, then copy. Received: directory={directory!r}"
+        )
     directory = pathlib.Path(directory)
     if version is not None:
         _refuse_existing(directory, version)
@@ -85,13 +101,19 @@ def export_saved_model(model, directory, version=None, *, signatures=None):
     root = tf.Module()  # what it holds is saved
     root.parts = {}
     for name, make in (signatures or {}).items():
-        if name in functions or not name.isidentifier():
+        if name in functions or not str(name).isidentifier():
             raise ValueError(
                 "A name in `signatures` must be an identifier other than "
                 f"{DEFAULT_SIGNATURE!r}. Received: {name!r}"
             )
         root.parts[name] = make(served.predict)
-        functions[name] = root.parts[name].__call__
+        functions[name] = getattr(root.parts[name], "__call__", None)  # noqa: B004
+        if not hasattr(functions[name], "get_concrete_function"):
+            raise ValueError(
+                "A function in `signatures` must return a `tf.Module` whose `__call__` "
+                f"is a `tf.function`. Received: {name!r}, which returned "
+                f"{root.parts[name]!r}"
+            )
     concrete = {name: f.get_concrete_function() for name, f in functions.items()}
     root.weights = list(
         {id(v): v for f in concrete.values() for v in f.graph.variables}.values()
@@ -140,21 +162,35 @@ class _ServedModel:
     def predict(self, inputs, lengths):
         masks = dict.fromkeys(inputs)
         cleaned = dict(inputs)
+        first = inputs[self._sequences[0]]
         for name in self._sequences:
             x = inputs[name]
-            same_batch = tf.debugging.assert_equal(
-                tf.shape(lengths)[0],
-                tf.shape(x)[0],
-                message=f"`{LENGTHS}` must have the batch size of `{name}`.",
-            )
+            checks = [
+                tf.debugging.assert_equal(
+                    tf.shape(lengths)[0],
+                    tf.shape(x)[0],
+                    message=f"`{LENGTHS}` must have the batch size of `{name}`.",
+                ),
+                tf.debugging.assert_equal(
+                    tf.shape(x)[1],
+                    tf.shape(first)[1],
+                    message=f"`{name}` must have as many timesteps as "
+                    f"`{self._sequences[0]}`: `{LENGTHS}` are those of both.",
+                ),
+            ]
             # Checked before it is used: a batch of one would broadcast silently.
-            with tf.control_dependencies([same_batch]):
+            with tf.control_dependencies(checks):
                 # Beyond 0..T a sequence mask is that of the bound: clamped.
                 mask = tf.sequence_mask(lengths, tf.shape(x)[1])
             masks[name] = mask
             cleaned[name] = tf.where(_expand(mask, x), x, tf.zeros([], x.dtype))
 
         self._current["lengths"] = lengths
+        self._current["sequences"] = [
+            tensor
+            for name in self._sequences
+            for tensor in (cleaned[name], masks[name])
+        ]
         with warnings.catch_warnings():
             # Keras does not know that a model as a whole hands masks on.
             warnings.filterwarnings("ignore", f"Layer '{self._model.name}'.* mask")
@@ -189,9 +225,9 @@ def _expand(mask, x):
 
 def _with_lengths(layer, current):
     """A copy of a layer for the served graph."""
-    if not isinstance(layer, keras.layers.Layer):
-        return layer
-    clone = type(layer).from_config(layer.get_config())
+    clone = copy_of(layer)
+    if not isinstance(clone, keras.layers.Layer):
+        return clone
     for part in sublayers(clone):
         if hasattr(part, "use_cudnn"):
             # Traced where a GPU is visible, it would not load on a CPU server.
@@ -220,7 +256,7 @@ MASK_ARGUMENTS = {"mask", "query_mask", "value_mask", "key_mask"}
 
 
 def _join_lengths(layer, current):
-    """Whatever mask reaches a layer, padding stays out.
+    """Whatever mask of a sequence reaches a layer, padding stays out.
 
     A Functional model computes the masks of `Masking` and `Embedding` from content, by
     the operations that it recorded as it was built: the lengths join them here.
@@ -234,6 +270,8 @@ def _join_lengths(layer, current):
     def join(mask):
         if mask is None or len(mask.shape) != 2:
             return mask
+        if not _comes_from(mask, current["sequences"]):
+            return mask  # of an input that the lengths are not about
         valid = tf.sequence_mask(current["lengths"], tf.shape(mask)[1])
         return tf.logical_and(tf.cast(mask, tf.bool), valid)
 
@@ -248,6 +286,20 @@ def _join_lengths(layer, current):
     layer.call = call_with_lengths
 
 
+def _comes_from(tensor, sources):
+    """Whether a tensor of a graph is computed from one of others."""
+    wanted = {id(source.op) for source in sources}
+    seen, queue = set(), [tensor.op]
+    while queue:
+        operation = queue.pop()
+        if id(operation) in wanted:
+            return True
+        if id(operation) not in seen:
+            seen.add(id(operation))
+            queue.extend(x.op for x in operation.inputs)
+    return False
+
+
 def _structure(model, end):
     """The tensors at one end of a model, as its user structured them.
 
@@ -255,7 +307,8 @@ def _structure(model, end):
         end: `"input"` or `"output"`.
     """
     if isinstance(model, keras.Sequential):
-        return getattr(model, f"{end}s")[0]
+        tensors = getattr(model, f"{end}s")
+        return tensors[0] if len(tensors) == 1 else tensors
     return getattr(model, end)
 
 
@@ -284,9 +337,13 @@ def _input_names(model):
 
 
 def _output_names(model):
+    structure = _structure(model, "output")
     if isinstance(model, keras.Sequential):
-        return [model.layers[-1].name]
-    return _keys(_structure(model, "output")) or list(model.output_names)
+        names = [model.layers[-1].name] * len(keras.tree.flatten(model.outputs))
+    else:
+        names = _keys(structure) or model.output_names
+    # One layer may give several outputs: states, or those of several calls.
+    return numbered(names)
 
 
 def _sequence_inputs(inputs):
@@ -317,6 +374,9 @@ def _per_step_outputs(model, inputs, sequences):
     if _reverses_time(model):
         return [False] * len(model.outputs)
 
+    if inputs[sequences[0]].shape[1] is not None:
+        return [False] * len(model.outputs)  # a fixed T and any other size look alike
+
     def output_shapes(timesteps):
         probes = [
             keras.KerasTensor((1, timesteps, *x.shape[2:]), x.dtype)
@@ -328,13 +388,12 @@ def _per_step_outputs(model, inputs, sequences):
         outputs = model(keras.tree.pack_sequence_as(structure, probes))
         return [tuple(y.shape) for y in keras.tree.flatten(outputs)]
 
-    fixed = inputs[sequences[0]].shape[1]
-    if fixed is not None:
-        return [len(y) > 2 and y[1] == fixed for y in output_shapes(fixed)]
-    # Two numbers of timesteps tell a frame for each frame from any other size.
+    # Two numbers of timesteps tell a frame for each frame from any other size. Large
+    # ones, for the convolutions and pooling that may come first.
+    few, many = 4099, 8209
     return [
-        len(a) > 1 and (a[1], b[1]) == (13, 29)
-        for a, b in zip(output_shapes(13), output_shapes(29), strict=True)
+        len(a) > 1 and (a[1], b[1]) == (few, many)
+        for a, b in zip(output_shapes(few), output_shapes(many), strict=True)
     ]
 
 

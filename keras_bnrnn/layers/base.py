@@ -6,14 +6,21 @@ leaves the rest to the time loop.
 """
 
 import contextlib
+import numbers
 import typing
 
 import keras
 from keras import ops
 
 from keras_bnrnn import statistics as stats
+from keras_bnrnn.distribution import replica_count
 from keras_bnrnn.recurrence import time_loop
-from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm, check_mask
+from keras_bnrnn.sequence_batch_norm import (
+    SequenceBatchNorm,
+    check_flag,
+    check_mask,
+    is_number,
+)
 
 NORMALIZATION_ARGUMENTS = """normalize: Where to normalise. `"input"` (default):
             `BN(W x_t) + U h`, the method of the paper. `"joint"`:
@@ -100,6 +107,64 @@ class PopulationNormalizer:
         return ops.concatenate(self._seen, axis=-1)
 
 
+class TrialStep:
+    """What a cell learnt in a first timestep that Keras only tries.
+
+    A plain object, in which Keras does not look for variables to track.
+    """
+
+    def __init__(self):
+        self.end()
+
+    def begin(self):
+        """A layer starts on a sequence."""
+        self._in_sequence, self._state, self._values = True, None, None
+
+    def end(self):
+        """The sequence is over; a cell called by itself has no trial steps."""
+        self._in_sequence, self._state, self._values = False, None, None
+
+    def forget(self, norm, state):
+        """Restores the statistics of before if this is the first timestep once more.
+
+        It is where the state is that of the first call, or where the body of a loop
+        is being traced, which has a graph of its own.
+        """
+        if not self._in_sequence:
+            return
+        variables = (norm.moving_mean, norm.moving_variance, norm.update_count)
+        values = [ops.copy(v) for v in variables]
+        if self._values is None:
+            self._state, self._values = state, values
+            return
+        graph, first_graph = (
+            getattr(v[0], "graph", None) for v in (values, self._values)
+        )
+        in_body = graph is not first_graph
+        if in_body or self._is_first_state(state):
+            with first_graph.as_default() if in_body else contextlib.nullcontext():
+                for variable, value in zip(variables, self._values, strict=True):
+                    variable.assign(value)
+        if in_body:
+            self.end()  # traced once, it stands for all timesteps
+
+    def _is_first_state(self, state):
+        if isinstance(self._state, keras.Variable) and state is not self._state:
+            # An eager loop hands on the value of a stateful layer's variable.
+            return bool(ops.all(ops.equal(state, self._state)))
+        return state is self._state
+
+
+def refuse_replicas(cell):
+    """A loop that is not ours cannot learn statistics on several replicas."""
+    if replica_count() > 1:
+        raise ValueError(
+            "A cell in `keras.layers.RNN` cannot train on several replicas: use the "
+            f"layer of the cell, such as `BNLSTM`. Received: {type(cell).__name__} "
+            f"{cell.name!r} on {replica_count()} replicas"
+        )
+
+
 class BNCell:
     """Normalisation for a stock Keras cell: mixed in before it.
 
@@ -133,6 +198,7 @@ class BNCell:
                 "`normalize` must be 'input' or 'joint'. "
                 f"Received: normalize={normalize!r}"
             )
+        check_flag("synchronized", synchronized)
         if synchronized and normalize == "joint":
             raise ValueError(
                 "`synchronized=True` needs `normalize='input'`: replicas cannot "
@@ -143,12 +209,14 @@ class BNCell:
             ("dropout", dropout),
             ("recurrent_dropout", recurrent_dropout),
         ):
-            if not 0.0 <= rate < 1.0:  # the stock cell would clamp it
+            if (
+                not is_number(rate) or not 0.0 <= rate < 1.0
+            ):  # the stock cell would clamp it
                 raise ValueError(
                     f"`{name}` must be in [0, 1). Received: {name}={rate!r}"
                 )
         self.normalize = normalize
-        self._first_step = None
+        self._trial = TrialStep()
         self._drops_nothing = False
         # One mask for all gates: the recurrent product stays one product.
         self.dropout_mask_count = None
@@ -233,7 +301,8 @@ class BNCell:
         learns = norm.uses_batch_statistics(training)
         if learns:
             norm.require_group_size(inputs.shape, (0,), "a cell")
-            self._forget_trial_step(output)
+            refuse_replicas(self)
+            self._trial.forget(self.input_norm, states[0])
             normalizer = BatchNormalizer(norm, norm.affine())
         else:
             normalizer = PopulationNormalizer(norm)
@@ -262,7 +331,7 @@ class BNCell:
     # takes back what it learnt in the trial.
 
     def get_dropout_mask(self, step_input):
-        self._first_step = ()
+        self._trial.begin()
         return None if self._drops_nothing else super().get_dropout_mask(step_input)
 
     def get_recurrent_dropout_mask(self, step_input):
@@ -271,32 +340,8 @@ class BNCell:
         return super().get_recurrent_dropout_mask(step_input)
 
     def reset_dropout_mask(self):
-        self._first_step = None
+        self._trial.end()
         super().reset_dropout_mask()
-
-    def _forget_trial_step(self, state):
-        """Restores the statistics if this is the first timestep once more.
-
-        It is where the state is the very one of the first call, or where the loop's
-        body is being traced, which has a graph of its own.
-        """
-        first = self._first_step
-        if first is None:
-            return
-        norm = self.input_norm
-        variables = (norm.moving_mean, norm.moving_variance, norm.update_count)
-        if not first:
-            self._first_step = (state, *(ops.copy(v) for v in variables))
-            return
-        first_state, *values = first
-        graph = getattr(first_state, "graph", None)
-        in_body = getattr(state, "graph", None) is not graph
-        if in_body or state is first_state:
-            with graph.as_default() if in_body else contextlib.nullcontext():
-                for variable, value in zip(variables, values, strict=True):
-                    variable.assign(value)
-        if in_body:
-            self._first_step = None
 
     def own_weights(self):
         """The weights as they are trained."""
@@ -354,6 +399,11 @@ def of_cell(name):
     return property(lambda layer: getattr(layer.cell, name))
 
 
+def of_norm(name):
+    """The same for what stands in the cell's `SequenceBatchNorm`."""
+    return property(lambda layer: getattr(layer.cell.input_norm, name))
+
+
 class BNRNN(keras.layers.RNN):
     """A layer of one `BNCell`, whose input projection is one product for all T."""
 
@@ -374,6 +424,13 @@ class BNRNN(keras.layers.RNN):
     seed = of_cell("seed")
     normalize = of_cell("normalize")
     input_norm = of_cell("input_norm")
+    statistics = of_norm("statistics")
+    population = of_norm("population")
+    max_timesteps = of_norm("max_timesteps")
+    momentum = of_norm("momentum")
+    epsilon = of_norm("epsilon")
+    gamma_initializer = of_norm("gamma_initializer")
+    synchronized = of_norm("synchronized")
 
     def __init__(self, cell, activity_regularizer=None, **kwargs):
         super().__init__(cell, activity_regularizer=activity_regularizer, **kwargs)
@@ -528,6 +585,13 @@ class BNRNN(keras.layers.RNN):
     @classmethod
     def from_config(cls, config):
         return cls(**config)
+
+
+def check_units(units):
+    if isinstance(units, bool) or not isinstance(units, numbers.Integral) or units < 1:
+        raise ValueError(
+            f"`units` must be a positive integer. Received: units={units!r}"
+        )
 
 
 def check_use_cudnn(use_cudnn):

@@ -6,6 +6,7 @@ from keras import ops
 from keras_bnrnn.layers.base import (
     BNRNN,
     BNCell,
+    check_units,
     check_use_cudnn,
     of_cell,
     with_normalization_arguments,
@@ -36,11 +37,32 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
     be in [0, 1); all gates share one mask.
 
     Inside `keras.layers.RNN` a cell sees one timestep at a time: training
-    statistics are frame-wise, and padding is not left out.
+    statistics are frame-wise, padding is not left out, and several replicas are
+    refused.
 
     Weights: `kernel` (D, 3U), `recurrent_kernel` (U, 3U), gate order z, r, h;
     `recurrent_bias` (3U,) with `reset_after` and `use_bias`; `input_norm`, a
     `SequenceBatchNorm` of 3U features.
+
+    Call arguments:
+        inputs: Tensor of shape (B, D).
+        states: [(B, U)].
+        training: Whether to use, and learn from, the batch's statistics.
+
+    Returns:
+        The output (B, U) and the list of new states.
+
+    Raises:
+        ValueError: For an argument out of range, and in training for a static
+            batch of 1 or several replicas.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(32, 10, 8)).astype("float32")
+    >>> keras.layers.RNN(BNGRUCell(4))(x).shape
+    TensorShape([32, 4])
+
+    Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
     """
 
     gates = 3
@@ -75,6 +97,7 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         synchronized=False,
         **kwargs,
     ):
+        check_units(units)
         super().__init__(
             units=units,
             activation=activation,
@@ -169,7 +192,7 @@ class BNGRU(BNRNN):
     `use_cudnn=True` is refused: no fused kernel is used yet.
 
     Call arguments:
-        sequence: Tensor of shape (B, T, D).
+        sequences: Tensor of shape (B, T, D).
         mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
             false has no effect. Default: `None`.
         training: Whether to use, and learn from, the batch's statistics.
@@ -182,6 +205,7 @@ class BNGRU(BNRNN):
     Raises:
         ValueError: For an argument out of range, a mask of another shape,
             frame-wise training with a static batch of 1.
+        NotImplementedError: On a Keras backend other than TensorFlow.
 
     Example:
 

@@ -6,10 +6,12 @@ from keras import ops
 from keras_bnrnn.layers.base import (
     BNRNN,
     BNCell,
+    check_units,
     check_use_cudnn,
     of_cell,
     with_normalization_arguments,
 )
+from keras_bnrnn.sequence_batch_norm import check_flag
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -34,11 +36,32 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
     `recurrent_dropout` must be in [0, 1); all gates share one mask.
 
     Inside `keras.layers.RNN` a cell sees one timestep at a time: training
-    statistics are frame-wise, and padding is not left out.
+    statistics are frame-wise, padding is not left out, and several replicas are
+    refused.
 
     Weights: `kernel` (D, 4U), `recurrent_kernel` (U, 4U), gate order i, f, c, o;
     `input_norm`, a `SequenceBatchNorm` of 4U features; with `peephole`,
     `peephole_kernel` (3, U): p_i, p_f, p_o, zeros at first.
+
+    Call arguments:
+        inputs: Tensor of shape (B, D).
+        states: [(B, U), (B, U)]: h and c.
+        training: Whether to use, and learn from, the batch's statistics.
+
+    Returns:
+        The output (B, U) and the list of new states.
+
+    Raises:
+        ValueError: For an argument out of range, and in training for a static
+            batch of 1 or several replicas.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(32, 10, 8)).astype("float32")
+    >>> keras.layers.RNN(BNLSTMCell(4))(x).shape
+    TensorShape([32, 4])
+
+    Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
     """
 
     gates = 4
@@ -74,6 +97,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
         peephole=False,
         **kwargs,
     ):
+        check_units(units)
         super().__init__(
             units=units,
             activation=activation,
@@ -106,6 +130,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
             dropout=dropout,
             recurrent_dropout=recurrent_dropout,
         )
+        check_flag("peephole", peephole)
         self.peephole = peephole
 
     def _beta_initializer(self):
@@ -163,7 +188,7 @@ class BNLSTM(BNRNN):
     mask. `use_cudnn=True` is refused: no fused kernel is used yet.
 
     Call arguments:
-        sequence: Tensor of shape (B, T, D).
+        sequences: Tensor of shape (B, T, D).
         mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
             false has no effect. Default: `None`.
         training: Whether to use, and learn from, the batch's statistics.
@@ -176,6 +201,7 @@ class BNLSTM(BNRNN):
     Raises:
         ValueError: For an argument out of range, a mask of another shape,
             frame-wise training with a static batch of 1.
+        NotImplementedError: On a Keras backend other than TensorFlow.
 
     Example:
 

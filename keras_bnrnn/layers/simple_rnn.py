@@ -2,7 +2,12 @@
 
 import keras
 
-from keras_bnrnn.layers.base import BNRNN, BNCell, with_normalization_arguments
+from keras_bnrnn.layers.base import (
+    BNRNN,
+    BNCell,
+    check_units,
+    with_normalization_arguments,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -21,10 +26,31 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
     in [0, 1).
 
     Inside `keras.layers.RNN` a cell sees one timestep at a time: training
-    statistics are frame-wise, and padding is not left out.
+    statistics are frame-wise, padding is not left out, and several replicas are
+    refused.
 
     Weights: `kernel` (D, U), `recurrent_kernel` (U, U) and `input_norm`, a
     `SequenceBatchNorm` of U features.
+
+    Call arguments:
+        inputs: Tensor of shape (B, D).
+        states: [(B, U)].
+        training: Whether to use, and learn from, the batch's statistics.
+
+    Returns:
+        The output (B, U) and the list of new states.
+
+    Raises:
+        ValueError: For an argument out of range, and in training for a static
+            batch of 1 or several replicas.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(32, 10, 8)).astype("float32")
+    >>> keras.layers.RNN(BNSimpleRNNCell(4))(x).shape
+    TensorShape([32, 4])
+
+    Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
     """
 
     gates = 1
@@ -57,6 +83,7 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
         synchronized=False,
         **kwargs,
     ):
+        check_units(units)
         super().__init__(
             units=units,
             activation=activation,
@@ -108,7 +135,7 @@ class BNSimpleRNN(BNRNN):
     `recurrent_dropout` must be in [0, 1).
 
     Call arguments:
-        sequence: Tensor of shape (B, T, D).
+        sequences: Tensor of shape (B, T, D).
         mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
             false has no effect. Default: `None`.
         training: Whether to use, and learn from, the batch's statistics.
@@ -121,6 +148,7 @@ class BNSimpleRNN(BNRNN):
     Raises:
         ValueError: For an argument out of range, a mask of another shape,
             frame-wise training with a static batch of 1.
+        NotImplementedError: On a Keras backend other than TensorFlow.
 
     Example:
 
