@@ -140,7 +140,7 @@ class TrialStep:
         graph, first_graph = (
             getattr(v[0], "graph", None) for v in (values, self._values)
         )
-        in_body = graph is not first_graph
+        in_body = first_graph is not None and graph is not first_graph
         if in_body or self._is_first_state(state):
             with first_graph.as_default() if in_body else contextlib.nullcontext():
                 for variable, value in zip(variables, self._values, strict=True):
