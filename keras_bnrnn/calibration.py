@@ -189,7 +189,7 @@ class _Batches:
                     f"`{name}` must be a positive integer. Received: {name}={number!r}"
                 )
         single = len(getattr(model, "inputs", None) or [None]) == 1
-        if single and isinstance(data, tuple) and all(map(_is_array, data)):
+        if single and isinstance(data, tuple) and data and all(map(_is_array, data)):
             raise ValueError(
                 "`data` must not be a tuple of arrays, such as (x, y), for a model of "
                 "one input: pass x alone, or a list of batches. "
