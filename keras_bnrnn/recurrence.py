@@ -1,47 +1,138 @@
 """The time loop that all cells share, and the one place that depends on the backend.
 
-A cell hands the loop an elementwise step. The loop owns the recurrent product, the
-mask, the direction, the states and what is collected over time.
+A cell hands the loop an elementwise step, and the derivative of that step. The loop
+owns the recurrent product, the mask, the states, what is collected over time, and the
+gradient.
+
+In both directions of the gradient only the recurrent product and what it depends on
+stays in the loop. What the backward loop multiplies by does not depend on the incoming
+gradient: a `StepDerivative` makes it of all timesteps at once, before that loop. The
+gradient of the recurrent kernel is one product, after it.
+
+Tensors over time are time-major, (T, B, ...), in the order of processing.
 """
 
+import typing
+
 import keras
+
+from keras_bnrnn.gradients import own_gradient
+
+
+class StepDerivative:
+    """The derivative of a cell's elementwise step, in closed form.
+
+    Pre-activations are what the step makes its new states of, together with the
+    states before: tensors of shape (..., P) for a P of the cell's own. All methods
+    but `pull_back` are also called on all timesteps at once.
+    """
+
+    def width(self, units):
+        """P."""
+        raise NotImplementedError
+
+    def pre_activations(self, projected, recurrent, weights):
+        """What the forward loop keeps for the gradient, (B, P).
+
+        Args:
+            projected: Tensor (B, G*U), the input projection.
+            recurrent: Tensor (B, G*U), the recurrent product.
+            weights: The weights of the recurrence.
+        """
+        raise NotImplementedError
+
+    def factors(self, pre_activations, before, after, weights):
+        """What `pull_back` multiplies gradients by.
+
+        Args:
+            pre_activations: Tensor (T, B, P).
+            before, after: Lists of tensors (T, B, U), the states before and after
+                each step.
+            weights: The weights of the recurrence.
+
+        Returns:
+            List of tensors (T, B, ...). Where all of them are 0, nothing flows.
+        """
+        raise NotImplementedError
+
+    def pull_back(self, gradients, factors):
+        """Takes the gradients of one step's new states back through the step.
+
+        Args:
+            gradients: List of tensors (B, U).
+            factors: List of tensors (B, ...), those of the timestep.
+
+        Returns:
+            The gradient of the pre-activations, (B, P), and a list of those of the
+            states before (other than through the recurrent product), (B, U) or
+            `None` for 0.
+        """
+        raise NotImplementedError
+
+    def of_recurrent(self, gradient):
+        """The gradient of the recurrent product, from that of pre-activations."""
+        return gradient
+
+    def of_projected(self, gradient):
+        """The gradient of the input projection, from that of pre-activations."""
+        return gradient
+
+    def of_weights(self, gradient, before, after, weights):
+        """Gradients of weights other than the recurrent kernel and the bias.
+
+        Args:
+            gradient: Tensor (T, B, P), that of the pre-activations.
+            before, after, weights: As in `factors`.
+
+        Returns:
+            Dict from names of fields of the weights to tensors.
+        """
+        return {}
 
 
 def time_loop(
     step,
     projected,
     states,
-    recurrent_kernel,
-    mask=None,
-    recurrent_dropout_mask=None,
-    go_backwards=False,
+    weights,
+    valid=None,
     unroll=False,
     return_sequences=True,
+    recurrent_kernel=None,
     collected=(),
+    derivative=None,
+    keeps=True,
 ):
     """Runs `step` over the timesteps of a projected sequence.
 
     Where a frame is not valid, the states stay as they are.
 
     Args:
-        step: Function `(projected_t, recurrent_t, states, valid_t)` to
+        step: Function `(projected_t, recurrent_t, states, weights, valid_t)` to
             `(new_states, collected_t)`: what the input projection and the recurrent
             product, each (B, ...), make of the list of states. `valid_t` is a
             boolean tensor (B, 1), or `None` without a mask.
-        projected: Tensor of shape (B, T, G*U), the input projection.
+        projected: Tensor of shape (T, B, G*U), the input projection.
         states: List of tensors of shape (B, U); the first one is the output.
-        recurrent_kernel: Tensor of shape (U, ...), multiplied by the output.
-        mask: Boolean tensor of shape (B, T), or `None`.
-        recurrent_dropout_mask: Tensor of shape (B, U) that multiplies the output
-            on its way to the recurrent product, or `None`.
-        go_backwards: Whether to run from the last timestep to the first.
+        weights: `CellWeights` of the recurrence. `bias` is added to the projection,
+            `recurrent_dropout_mask` multiplies the output on its way to the
+            recurrent product; the step is given all of them.
+        valid: Boolean tensor of shape (T, B, 1), or `None`.
         unroll: Whether to write the loop out; T must be static.
         return_sequences: Whether outputs are kept.
+        recurrent_kernel: Tensor of shape (U, ...), multiplied by the output.
+            Default: that of the weights.
         collected: `(shape, dtype)` of each tensor in `collected_t`.
+        derivative: `StepDerivative` of `step`, which then collects nothing and
+            multiplies by the recurrent kernel of the weights. `None`: the backend
+            differentiates the loop.
+        keeps: With a derivative: whether the loop keeps what the gradient needs, as
+            training wants it. Otherwise it takes neither time nor memory for that,
+            and a gradient runs the loop again.
 
     Returns:
-        `(outputs, states, collected)`, outputs of shape (B, T, U) in the order of
-        processing, or `None`; each collected tensor with T in front.
+        `(outputs, states, collected)`, outputs of shape (T, B, U) or `None`; each
+        collected tensor with T in front.
 
     Raises:
         NotImplementedError: On a Keras backend other than TensorFlow.
@@ -52,78 +143,263 @@ def time_loop(
             "Keras: set the environment variable KERAS_BACKEND=tensorflow. "
             f"Received: backend={keras.backend.backend()!r}"
         )
+    loop = _Loop(step, valid, unroll, return_sequences, recurrent_kernel, collected)
+    if derivative is None:
+        return loop.run(projected, states, weights)
+    return _differentiated(loop, derivative, keeps, projected, states, weights)
+
+
+class _Loop(typing.NamedTuple):
+    """A time loop, but for the tensors in which it is differentiable."""
+
+    step: typing.Callable
+    valid: typing.Any
+    unroll: bool
+    return_sequences: bool
+    recurrent_kernel: typing.Any
+    collected: tuple
+
+    def run(self, projected, states, weights, keep=None, keep_width=None, slices=False):
+        """Outputs, last states and what is collected.
+
+        Args:
+            projected, states, weights: As in `time_loop`.
+            keep: Function of `projected_t` and `recurrent_t`. What it gives, and then
+                all states but the first, are collected, and outputs are kept.
+            keep_width: Size of the last axis of what `keep` gives.
+            slices: Whether to read timesteps as slices. That costs least, but the
+                loop can then not be differentiated: the gradient of a slice is a
+                whole sequence, in each timestep.
+        """
+        import tensorflow as tf
+
+        kernel = self.recurrent_kernel
+        if kernel is None:
+            kernel = weights.recurrent_kernel
+        read_projected = _reader(projected, slices or self.unroll)
+        read_valid = None
+        if self.valid is not None:
+            read_valid = _reader(self.valid, slices or self.unroll)
+        specs = [(tf.TensorShape(shape), dtype) for shape, dtype in self.collected]
+        if keep is not None:
+            specs.append((projected.shape[1:-1] + [keep_width], projected.dtype))
+            specs.extend((state.shape, state.dtype) for state in states[1:])
+        keeps_outputs = self.return_sequences or keep is not None
+        if keeps_outputs:
+            specs.insert(0, (states[0].shape, states[0].dtype))
+
+        def body(t, states):
+            projected_t = read_projected(t)
+            if weights.bias is not None:
+                projected_t = projected_t + weights.bias
+            valid_t = None if read_valid is None else read_valid(t)
+            recurrent_t = tf.matmul(_dropped(states[0], weights), kernel)
+            new_states, kept = self.step(
+                projected_t, recurrent_t, states, weights, valid_t
+            )
+            if valid_t is not None:
+                new_states = [
+                    tf.where(valid_t, new, old)
+                    for new, old in zip(new_states, states, strict=True)
+                ]
+            kept = list(kept)
+            if keep is not None:
+                kept += [keep(projected_t, recurrent_t, weights), *new_states[1:]]
+            if keeps_outputs:
+                kept = [new_states[0], *kept]
+            return new_states, kept
+
+        states, stacked = _scan(body, states, specs, _length(projected), self.unroll)
+        return stacked.pop(0) if keeps_outputs else None, states, stacked
+
+
+def _dropped(output, weights):
+    mask = weights.recurrent_dropout_mask
+    return output if mask is None else output * mask
+
+
+def _length(sequence):
+    """T, static where it is known."""
     import tensorflow as tf
 
-    def time_major(x):
-        x = tf.transpose(x, [1, 0, *range(2, len(x.shape))])
-        return tf.reverse(x, [0]) if go_backwards else x
+    return tf.shape(sequence)[0] if sequence.shape[0] is None else sequence.shape[0]
 
-    sequences = [time_major(projected)]  # (T, B, G*U)
-    if mask is not None:
-        sequences.append(time_major(mask)[..., None])  # (T, B, 1)
 
-    def advance(states, projected_t, valid_t=None):
-        output = states[0]
-        if recurrent_dropout_mask is not None:
-            output = output * recurrent_dropout_mask
-        new_states, collected_t = step(
-            projected_t, tf.matmul(output, recurrent_kernel), states, valid_t
-        )
-        if valid_t is not None:
-            new_states = [
-                tf.where(valid_t, new, old)
-                for new, old in zip(new_states, states, strict=True)
-            ]
-        return new_states, tuple(collected_t)
+def _reader(sequence, slices):
+    """Function of t that reads a timestep."""
+    import tensorflow as tf
 
-    timesteps = sequences[0].shape[0]
-    specs = tuple((tf.TensorShape(shape), dtype) for shape, dtype in collected)
-    if return_sequences:
-        specs = ((states[0].shape, states[0].dtype), *specs)
+    if slices:
+        return lambda t: sequence[t]
+    array = tf.TensorArray(
+        sequence.dtype, size=_length(sequence), element_shape=sequence.shape[1:]
+    )
+    return array.unstack(sequence).read
 
-    def kept(states, collected_t):
-        return (states[0], *collected_t) if return_sequences else collected_t
+
+def _scan(body, carry, specs, timesteps, unroll, backwards=False):
+    """Runs `body(t, carry)`, which returns the next carry and what to keep of t.
+
+    Args:
+        body: See above; lists of tensors.
+        carry: The first carry.
+        specs: Shape and dtype of each tensor to keep.
+        timesteps: T, an int or a tensor.
+        unroll: Whether to write the loop out.
+        backwards: Whether t runs from T - 1 to 0.
+
+    Returns:
+        The last carry and the list of what was kept, (T, ...), in the order of t.
+    """
+    import tensorflow as tf
 
     if unroll:
-        history = []
-        for t in range(timesteps):
-            states, collected_t = advance(states, *(s[t] for s in sequences))
-            history.append(kept(states, collected_t))
-        stacked = [tf.stack(values) for values in zip(*history, strict=True)]
-    else:
-        if timesteps is None:
-            timesteps = tf.shape(sequences[0])[0]
-        inputs = [
-            tf.TensorArray(s.dtype, size=timesteps, element_shape=s.shape[1:]).unstack(
-                s
-            )
-            for s in sequences
+        kept = {}
+        for t in reversed(range(timesteps)) if backwards else range(timesteps):
+            carry, kept[t] = body(t, carry)
+        return list(carry), [
+            tf.stack([kept[t][i] for t in range(timesteps)]) for i in range(len(specs))
         ]
-        outputs = tuple(
-            tf.TensorArray(dtype, size=timesteps, element_shape=shape)
-            for shape, dtype in specs
+
+    arrays = tuple(
+        tf.TensorArray(dtype, size=timesteps, element_shape=shape)
+        for shape, dtype in specs
+    )
+
+    def loop_body(i, carry, arrays):
+        t = timesteps - 1 - i if backwards else i
+        carry, kept = body(t, list(carry))
+        arrays = tuple(a.write(t, k) for a, k in zip(arrays, kept, strict=True))
+        return i + 1, tuple(carry), arrays
+
+    _, carry, arrays = tf.while_loop(
+        lambda i, *_: i < timesteps,
+        loop_body,
+        (tf.constant(0), tuple(carry), arrays),
+        # Known to be finite, the loop can be differentiated under XLA.
+        maximum_iterations=timesteps,
+        parallel_iterations=32,
+        swap_memory=True,
+    )
+    return list(carry), [a.stack() for a in arrays]
+
+
+def _differentiated(loop, derivative, keeps, projected, states, weights):
+    """`loop.run`, with the gradient that `derivative` gives it."""
+    # All tensors in which the loop is differentiable, and nothing else.
+    names = [
+        name
+        for name in weights._fields
+        if name not in ("kernel", "recurrent_dropout_mask")
+        and getattr(weights, name) is not None
+    ]
+    count = len(states)
+
+    def unflatten(arguments):
+        projected, *rest = arguments
+        own = dict(zip(names, rest[count:], strict=True))
+        return projected, rest[:count], weights._replace(**own)
+
+    arguments = [projected, *states, *(getattr(weights, name) for name in names)]
+
+    def flat(outputs, states):
+        return [outputs, *states] if loop.return_sequences else states
+
+    def plain(*arguments):
+        """The loop as TensorFlow can differentiate it, any number of times."""
+        outputs, last, _ = loop.run(*unflatten(arguments))
+        return flat(outputs, last)
+
+    def keep_all(*arguments):
+        """The loop, with the pre-activations and the states over time."""
+        width = derivative.width(states[0].shape[-1])
+        outputs, last, (kept, *others) = loop.run(
+            *unflatten(arguments), derivative.pre_activations, width, slices=True
         )
+        return flat(outputs, last), [kept, outputs, *others]
 
-        def body(t, states, outputs):
-            states, collected_t = advance(list(states), *(a.read(t) for a in inputs))
-            outputs = tuple(
-                a.write(t, value)
-                for a, value in zip(outputs, kept(states, collected_t), strict=True)
-            )
-            return t + 1, tuple(states), outputs
+    def keep_nothing(*arguments):
+        outputs, last, _ = loop.run(*unflatten(arguments), slices=True)
+        return flat(outputs, last), []
 
-        _, states, outputs = tf.while_loop(
-            lambda t, *_: t < timesteps,
-            body,
-            (tf.constant(0), tuple(states), outputs),
-            # Known to be finite, the loop can be differentiated under XLA.
-            maximum_iterations=timesteps,
-            parallel_iterations=32,
-            swap_memory=True,
-        )
-        stacked = [a.stack() for a in outputs]
+    def backward(arguments, kept, upstream):
+        if not keeps:
+            _, kept = keep_all(*arguments)
+        return _backward(loop, derivative, unflatten(arguments), names, kept, upstream)
 
-    outputs = None
-    if return_sequences:
-        outputs = tf.transpose(stacked.pop(0), [1, 0, 2])  # (B, T, U)
-    return outputs, list(states), stacked
+    run = own_gradient(plain, keep_all if keeps else keep_nothing, backward)
+    results = list(run(*arguments))
+    outputs = results.pop(0) if loop.return_sequences else None
+    return outputs, results, []
+
+
+def _backward(loop, derivative, arguments, names, kept, upstream):
+    """Gradients of the arguments of a loop.
+
+    Args:
+        loop, derivative: As in `_differentiated`.
+        arguments: `(projected, states, weights)`.
+        names: The fields of the weights for which gradients are wanted.
+        kept: Pre-activations and the sequence of each state, as the loop kept them.
+        upstream: Gradients of the loop's outputs, if it returns them, and states.
+
+    Returns:
+        List of the gradients of projected, states and the named weights.
+    """
+    import tensorflow as tf
+
+    projected, states, weights = arguments
+    pre_activations, *after = kept
+    before = [
+        tf.concat([first[None], sequence[:-1]], axis=0)
+        for first, sequence in zip(states, after, strict=True)
+    ]
+    upstream = list(upstream)
+    d_outputs = upstream.pop(0) if loop.return_sequences else None
+
+    factors = derivative.factors(pre_activations, before, after, weights)
+    valid = loop.valid
+    if valid is not None:
+        zero = tf.zeros((), projected.dtype)
+        factors = [tf.where(valid, factor, zero) for factor in factors]
+        unchanged = tf.cast(tf.logical_not(valid), projected.dtype)
+    kernel_transposed = tf.transpose(weights.recurrent_kernel)
+
+    def body(t, gradients):
+        if d_outputs is not None:
+            gradients = [gradients[0] + d_outputs[t], *gradients[1:]]
+        gradient, others = derivative.pull_back(gradients, [f[t] for f in factors])
+        d_recurrent = derivative.of_recurrent(gradient)
+        through = _dropped(tf.matmul(d_recurrent, kernel_transposed), weights)
+        terms = [[] if other is None else [other] for other in others]
+        terms[0].append(through)
+        if valid is not None:
+            for own, upstream_t in zip(terms, gradients, strict=True):
+                own.append(upstream_t * unchanged[t])
+        return [tf.add_n(own) for own in terms], [gradient]
+
+    d_states, (gradient,) = _scan(
+        body,
+        upstream,
+        [(pre_activations.shape[1:], pre_activations.dtype)],
+        _length(projected),
+        loop.unroll,
+        backwards=True,
+    )
+
+    def flat(sequence):
+        return tf.reshape(sequence, [-1, sequence.shape[-1]])
+
+    d_projected = derivative.of_projected(gradient)
+    output_before = _dropped(before[0], weights)
+    d_weights = {
+        "recurrent_kernel": tf.matmul(
+            flat(output_before),
+            flat(derivative.of_recurrent(gradient)),
+            transpose_a=True,
+        ),
+        **derivative.of_weights(gradient, before, after, weights),
+    }
+    if weights.bias is not None:
+        d_weights["bias"] = tf.reduce_sum(d_projected, axis=[0, 1])
+    return [d_projected, *d_states, *(d_weights[name] for name in names)]

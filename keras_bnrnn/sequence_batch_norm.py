@@ -184,7 +184,7 @@ class SequenceBatchNorm(keras.layers.Layer):
                 shape=shape,
                 name=name,
                 initializer=initializer,
-                dtype=self._statistics_dtype,
+                dtype=self.statistics_dtype,
                 trainable=False,
                 autocast=False,
                 aggregation=aggregation,
@@ -195,11 +195,12 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.update_count = statistic("update_count", (), "zeros", "only_first_replica")
 
     @property
-    def _statistics_dtype(self):
+    def statistics_dtype(self):
+        """Float32, or float64 in a float64 layer, whatever the compute dtype."""
         return "float64" if self.variable_dtype == "float64" else "float32"
 
     def call(self, inputs, mask=None, training=None):
-        x = ops.cast(inputs, self._statistics_dtype)
+        x = ops.cast(inputs, self.statistics_dtype)
         valid = None if mask is None else self._valid_frames(mask, inputs)
         if self.uses_batch_statistics(training):
             y = self._normalize_by_batch(x, valid)
@@ -233,8 +234,12 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     def batch_moments(self, x, valid, axes):
         """`statistics.masked_moments`, over all replicas where synchronized."""
-        reduce_sum = sum_over_replicas if self.synchronized else stats.identity
-        return stats.masked_moments(x, valid, axes, reduce_sum)
+        return stats.masked_moments(x, valid, axes, self.reduce_sum)
+
+    @property
+    def reduce_sum(self):
+        """What adds up the batch's sums: over all replicas where synchronized."""
+        return sum_over_replicas if self.synchronized else stats.identity
 
     def scale_and_shift(self):
         """The affine map that inference applies: two tensors of shape (F,)."""
@@ -317,9 +322,9 @@ class SequenceBatchNorm(keras.layers.Layer):
         """`gamma` and `beta` in the dtype of the statistics, `None` where not used."""
         gamma, beta = self.gamma, self.beta
         if gamma is not None:
-            gamma = ops.cast(gamma, self._statistics_dtype)
+            gamma = ops.cast(gamma, self.statistics_dtype)
         if beta is not None:
-            beta = ops.cast(beta, self._statistics_dtype)
+            beta = ops.cast(beta, self.statistics_dtype)
         return gamma, beta
 
     def _valid_frames(self, mask, inputs):

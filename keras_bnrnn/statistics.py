@@ -12,25 +12,25 @@ def identity(total):
     return total
 
 
-def masked_moments(x, valid=None, axes=(0,), reduce_sum=identity):
-    """Mean, variance and count of the valid elements of `x` along `axes`.
+def centre(x, valid=None, axes=(0,), reduce_sum=identity):
+    """Mean of the valid elements of `x` along `axes`, and what they differ from it.
 
-    The variance is taken from centred values, and the mean is refined by what
-    the first pass left over, so that float32 holds for a mean far from zero.
-    Where nothing is valid, mean and variance are 0. Differentiable in `x`;
-    invalid elements, NaN included, have no effect and a gradient of exactly 0.
+    The mean is refined by what the first pass left over, so that float32 holds for
+    a mean far from zero. Differentiable in `x`; invalid elements, NaN included, have
+    no effect and a gradient of exactly 0.
 
     Args:
         x: Float tensor of shape (..., F).
         valid: Boolean tensor broadcastable to `x`, true where an element
             counts. `None`: all do.
-        axes: Tuple of ints, the axes over which moments are taken.
+        axes: Tuple of ints, the axes over which the mean is taken.
         reduce_sum: Function that adds a tensor up over replicas. Default: there is
             one.
 
     Returns:
-        `(mean, variance, count)`, with the axes kept as size 1. `count` has size
-        1 in its last axis too where `valid` has.
+        `(mean, centred, count)`: mean and count with the axes kept as size 1, `count`
+        with size 1 in its last axis too where `valid` has; `centred` of the shape of
+        `x`, 0 where not valid. Where nothing is valid, the mean is 0.
     """
 
     def total(values):
@@ -48,9 +48,23 @@ def masked_moments(x, valid=None, axes=(0,), reduce_sum=identity):
     shift = ops.stop_gradient(total(only_valid(x)) / divisor)
     shifted = only_valid(x - shift)
     remainder = total(shifted) / divisor
-    centred = only_valid(shifted - remainder)
-    variance = total(ops.square(centred)) / divisor
-    return shift + remainder, variance, count
+    return shift + remainder, only_valid(shifted - remainder), count
+
+
+def masked_moments(x, valid=None, axes=(0,), reduce_sum=identity):
+    """Mean, variance and count of the valid elements of `x` along `axes`.
+
+    The variance is taken from centred values. Arguments, gradients and precision
+    are those of `centre`.
+
+    Returns:
+        `(mean, variance, count)`, with the axes kept as size 1. `count` has size
+        1 in its last axis too where `valid` has. Where nothing is valid, mean and
+        variance are 0.
+    """
+    mean, centred, count = centre(x, valid, axes, reduce_sum)
+    squares = reduce_sum(ops.sum(ops.square(centred), axis=axes, keepdims=True))
+    return mean, squares / ops.maximum(count, 1.0), count
 
 
 def pool(means, variances, counts, reduce_sum=identity):

@@ -14,6 +14,7 @@ import tensorflow as tf
 from helpers import KINDS, gap, random_mask, randomize
 
 import keras_bnrnn
+from keras_bnrnn.projection import moments_are_cheaper
 
 B, T, D, U = 6, 5, 3, 4
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -706,8 +707,21 @@ def test_the_xla_program_is_two_loops_whatever_the_length(kind, normalize, rng):
     inside, outside = products(long)
     assert inside
     assert not [line for line in inside if features in shapes_in(line)]
-    # The input projection, its gradients in x and in the kernel, and no more.
-    assert len([line for line in outside if features in shapes_in(line)]) == 3
+    if normalize == "input":  # the recurrent product and its gradient in the output
+        assert len(inside) == 2
+
+    # Over all frames: the input projection, its gradients in x and in the kernel,
+    # and no more. Sequence-wise statistics from moments add what is of size (D, D):
+    # the covariance, its product with the kernel, and a gradient of each; the mean
+    # of the projection is that of the frames times the kernel.
+    outside = [line for line in outside if features in shapes_in(line)]
+    of_moments = [line for line in outside if "[37,37]" in line]
+    of_mean = [line for line in outside if "[1,37]" in line]
+    assert len(outside) - len(of_moments) - len(of_mean) == 3
+    sequence_wise = normalize == "input"
+    cheaper = moments_are_cheaper(shape, layer.cell.kernel.shape[-1])
+    assert len(of_moments) == (4 if sequence_wise and cheaper else 0)
+    assert len(of_mean) == (1 if sequence_wise else 0)
 
 
 def products(hlo):

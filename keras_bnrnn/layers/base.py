@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_bnrnn import statistics as stats
 from keras_bnrnn.distribution import replica_count
+from keras_bnrnn.projection import normalized_projection
 from keras_bnrnn.recurrence import time_loop
 from keras_bnrnn.sequence_batch_norm import (
     SequenceBatchNorm,
@@ -282,6 +283,14 @@ class BNCell:
         """What the time loop multiplies the output by: (U, ...)."""
         return weights.recurrent_kernel
 
+    def step_derivative(self):
+        """`StepDerivative` of `step` with nothing left to normalise.
+
+        `None` where there is no closed form of it, as for an activation that is
+        not elementwise: the backend then differentiates the time loop.
+        """
+        return None
+
     def call(self, inputs, states, training=False):
         """One timestep, as in `keras.layers.RNN(cell)`: frame-wise statistics.
 
@@ -459,17 +468,20 @@ class BNRNN(keras.layers.RNN):
         if training and cell.recurrent_dropout:
             dropout_mask = cell.get_recurrent_dropout_mask(initial_state[0])
             weights = weights._replace(recurrent_dropout_mask=dropout_mask)
-        projected = ops.matmul(sequences, weights.kernel)  # (B, T, G*U)
-        if not learns:
-            projected = projected + weights.bias
-        elif in_loop:
-            norm.require_group_size(sequences.shape, (0,), "`normalize='joint'`")
+
+        frames, valid = self._frames(sequences, mask)
+        if learns and not in_loop:
+            projected, bias = normalized_projection(norm, frames, weights.kernel, valid)
+            weights = weights._replace(bias=bias)
         else:
-            projected = norm(projected, mask=mask, training=True)
+            if in_loop:
+                cause = "`normalize='joint'`"
+                norm.require_group_size(sequences.shape, (0,), cause)
+            projected = ops.matmul(frames, weights.kernel)  # (T, B, G*U)
 
         affine = norm.affine()
 
-        def step(projected_t, recurrent_t, states, valid_t):
+        def step(projected_t, recurrent_t, states, weights, valid_t):
             normalize = identity
             if in_loop:
                 normalize = BatchNormalizer(norm, affine, valid_t)
@@ -483,17 +495,38 @@ class BNRNN(keras.layers.RNN):
             step,
             projected,
             initial_state,
-            cell.loop_kernel(weights),
-            mask=mask,
-            recurrent_dropout_mask=weights.recurrent_dropout_mask,
-            go_backwards=self.go_backwards,
+            weights,
+            valid=valid,
             unroll=self.unroll,
             return_sequences=self.return_sequences,
+            recurrent_kernel=cell.loop_kernel(weights),
             collected=moments if in_loop else (),
+            derivative=None if in_loop else cell.step_derivative(),
+            keeps=training,
         )
         if in_loop:
             norm.update_statistics(*collected)
+        if outputs is not None:
+            outputs = ops.transpose(outputs, (1, 0, 2))  # (B, T, U)
         return self._masked_outputs(outputs, states, mask)
+
+    def _frames(self, sequences, mask):
+        """Sequences and mask as the time loop has them.
+
+        Args:
+            sequences: Tensor of shape (B, T, D).
+            mask: Boolean tensor of shape (B, T), or `None`.
+
+        Returns:
+            Tensor (T, B, D) and boolean tensor (T, B, 1) or `None`, in the order of
+            processing.
+        """
+        frames = ops.transpose(sequences, (1, 0, 2))
+        valid = None if mask is None else ops.transpose(mask)[..., None]
+        if self.go_backwards:
+            frames = ops.flip(frames, axis=0)
+            valid = None if valid is None else ops.flip(valid, axis=0)
+        return frames, valid
 
     def pre_activations(self, sequences, initial_state=None, mask=None):
         """What `input_norm` normalises at inference, in float64.
@@ -514,7 +547,7 @@ class BNRNN(keras.layers.RNN):
             sequences = ops.cast(sequences, "float64")
             return ops.matmul(sequences, ops.cast(kernel, "float64"))
 
-        def step(projected_t, recurrent_t, states, valid_t):
+        def step(projected_t, recurrent_t, states, weights, valid_t):
             normalize = PopulationNormalizer(cell.input_norm)
             states = cell.step(projected_t, recurrent_t, states, weights, normalize)
             return states, [normalize.pre_activations()]
@@ -523,15 +556,15 @@ class BNRNN(keras.layers.RNN):
             initial_state = self.get_initial_state(ops.shape(sequences)[0])
         dtype = cell.compute_dtype
         shape = (sequences.shape[0], kernel.shape[-1])
-        projected = ops.matmul(ops.cast(sequences, dtype), ops.cast(kernel, dtype))
+        frames, valid = self._frames(sequences, mask)
         _, _, (seen,) = time_loop(
             step,
-            projected,
+            ops.matmul(ops.cast(frames, dtype), ops.cast(kernel, dtype)),
             [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)],
-            cell.loop_kernel(weights),
-            mask=mask,
-            go_backwards=self.go_backwards,
+            weights,
+            valid=valid,
             return_sequences=False,
+            recurrent_kernel=cell.loop_kernel(weights),
             collected=[(shape, dtype)],
         )
         seen = ops.transpose(ops.cast(seen, "float64"), (1, 0, 2))  # (B, T, G*U)
@@ -585,6 +618,43 @@ class BNRNN(keras.layers.RNN):
     @classmethod
     def from_config(cls, config):
         return cls(**config)
+
+
+ELEMENTWISE = frozenset(
+    [
+        keras.activations.celu,
+        keras.activations.elu,
+        keras.activations.exponential,
+        keras.activations.gelu,
+        keras.activations.hard_shrink,
+        keras.activations.hard_sigmoid,
+        keras.activations.hard_silu,
+        keras.activations.hard_tanh,
+        keras.activations.leaky_relu,
+        keras.activations.linear,
+        keras.activations.log_sigmoid,
+        keras.activations.mish,
+        keras.activations.relu,
+        keras.activations.relu6,
+        keras.activations.selu,
+        keras.activations.sigmoid,
+        keras.activations.silu,
+        keras.activations.soft_shrink,
+        keras.activations.softplus,
+        keras.activations.softsign,
+        keras.activations.sparse_plus,
+        keras.activations.sparse_sigmoid,
+        keras.activations.squareplus,
+        keras.activations.tanh,
+        keras.activations.tanh_shrink,
+        keras.activations.threshold,
+    ]
+)
+
+
+def elementwise(*activations):
+    """Whether each is known to map an element to an element, as softmax does not."""
+    return all(activation in ELEMENTWISE for activation in activations)
 
 
 def check_units(units):

@@ -3,14 +3,17 @@
 import keras
 from keras import ops
 
+from keras_bnrnn.gradients import value_and_slope
 from keras_bnrnn.layers.base import (
     BNRNN,
     BNCell,
     check_units,
     check_use_cudnn,
+    elementwise,
     of_cell,
     with_normalization_arguments,
 )
+from keras_bnrnn.recurrence import StepDerivative
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -165,6 +168,68 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
             b = ops.matmul(r * h, weights.recurrent_kernel[:, candidate])
         a = normalize(projected[:, candidate] + b, candidate)
         return [z * h_before + (1 - z) * self.activation(a)]
+
+    def step_derivative(self):
+        closed = self.reset_after and elementwise(
+            self.activation, self.recurrent_activation
+        )
+        return GRUDerivative(self) if closed else None
+
+
+class GRUDerivative(StepDerivative):
+    """The derivative of `BNGRUCell.step` with `reset_after`.
+
+    Pre-activations (..., 4U): a_h, a_z + b_z, a_r + b_r, b_h. The candidate's two
+    parts stand at the ends, so that what the recurrent product sees is one slice.
+    """
+
+    def __init__(self, cell):
+        self.activation = cell.activation
+        self.recurrent_activation = cell.recurrent_activation
+
+    def width(self, units):
+        return 4 * units
+
+    def pre_activations(self, projected, recurrent, weights):
+        gates = 2 * projected.shape[-1] // 3
+        if weights.recurrent_bias is not None:
+            recurrent = recurrent + weights.recurrent_bias
+        return ops.concatenate(
+            [
+                projected[..., gates:],
+                projected[..., :gates] + recurrent[..., :gates],
+                recurrent[..., gates:],
+            ],
+            axis=-1,
+        )
+
+    def factors(self, pre_activations, before, after, weights):
+        a_h, a_z, a_r, b_h = ops.split(pre_activations, 4, axis=-1)
+        z, z_slope = value_and_slope(self.recurrent_activation, a_z)
+        r, r_slope = value_and_slope(self.recurrent_activation, a_r)
+        candidate, slope = value_and_slope(self.activation, a_h + r * b_h)
+        d_h = (1 - z) * slope
+        d_z = (before[0] - candidate) * z_slope
+        d_r = d_h * b_h * r_slope
+        return [ops.concatenate([d_h, d_z, d_r, d_h * r], axis=-1), z]
+
+    def pull_back(self, gradients, factors):
+        (dh,), (factor, z) = gradients, factors
+        return ops.concatenate([dh] * 4, axis=-1) * factor, [dh * z]
+
+    def of_recurrent(self, gradient):
+        return gradient[..., gradient.shape[-1] // 4 :]
+
+    def of_projected(self, gradient):
+        units = gradient.shape[-1] // 4
+        return ops.concatenate(
+            [gradient[..., units : 3 * units], gradient[..., :units]], axis=-1
+        )
+
+    def of_weights(self, gradient, before, after, weights):
+        if weights.recurrent_bias is None:
+            return {}
+        return {"recurrent_bias": ops.sum(self.of_recurrent(gradient), axis=(0, 1))}
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

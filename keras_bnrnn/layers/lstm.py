@@ -1,16 +1,21 @@
 """Batch-normalised long short-term memory cell and layer."""
 
 import keras
+import numpy as np
 from keras import ops
+from keras.activations import sigmoid, tanh
 
+from keras_bnrnn.gradients import value_and_slope
 from keras_bnrnn.layers.base import (
     BNRNN,
     BNCell,
     check_units,
     check_use_cudnn,
+    elementwise,
     of_cell,
     with_normalization_arguments,
 )
+from keras_bnrnn.recurrence import StepDerivative
 from keras_bnrnn.sequence_batch_norm import check_flag
 
 
@@ -148,20 +153,120 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
     def step(self, projected, recurrent, states, weights, normalize):
         _, c_before = states
         a = normalize(projected + recurrent)  # (B, 4U): i, f, c, o
+        if self.peephole:
+            i, f, candidate, o = self._peephole_gates(a, c_before, weights)
+        else:
+            i, f, candidate, o = self._gates(a)
+        c = f * c_before + i * candidate
+        if self.peephole:
+            o = self.recurrent_activation(o + weights.peephole_kernel[2] * c)
+        return [o * self.activation(c), c]
+
+    def _gates(self, a):
+        """The four gates of their pre-activations."""
+        if self.activation is tanh and self.recurrent_activation is sigmoid:
+            return ops.split(gates_by_tanh(a)[0], 4, axis=-1)
         a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
-        if self.peephole:
-            p_i, p_f, p_o = ops.unstack(weights.peephole_kernel, axis=0)
-            a_i = a_i + p_i * c_before
-            a_f = a_f + p_f * c_before
-        kept = self.recurrent_activation(a_f) * c_before
-        c = kept + self.recurrent_activation(a_i) * self.activation(a_c)
-        if self.peephole:
-            a_o = a_o + p_o * c
-        h = self.recurrent_activation(a_o) * self.activation(c)
-        return [h, c]
+        gate = self.recurrent_activation
+        return gate(a_i), gate(a_f), self.activation(a_c), gate(a_o)
+
+    def _peephole_gates(self, a, c_before, weights):
+        """The same where the gates see c; the last one still without c_t."""
+        p_i, p_f, _ = ops.unstack(weights.peephole_kernel, axis=0)
+        a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
+        gate = self.recurrent_activation
+        i, f = gate(a_i + p_i * c_before), gate(a_f + p_f * c_before)
+        return i, f, self.activation(a_c), a_o
+
+    def step_derivative(self):
+        closed = elementwise(self.activation, self.recurrent_activation)
+        return LSTMDerivative(self) if closed else None
 
     def get_config(self):
         return {**super().get_config(), "peephole": self.peephole}
+
+
+def gates_by_tanh(a):
+    """Gates i, f, c, o with the usual activations, and their derivative.
+
+    `sigmoid(a) = tanh(a / 2) / 2 + 1 / 2`: one tanh of all gates together costs
+    less than three sigmoids and a tanh of slices.
+
+    Args:
+        a: Tensor of shape (..., 4U), the pre-activations.
+
+    Returns:
+        Gates and their derivative in `a`, both (..., 4U).
+    """
+    units = a.shape[-1] // 4
+    half = np.repeat([0.5, 0.5, 1.0, 0.5], units)
+    offset = np.repeat([0.5, 0.5, 0.0, 0.5], units)
+    half, offset = (ops.convert_to_tensor(v, dtype=a.dtype) for v in (half, offset))
+    t = ops.tanh(a * half)
+    return t * half + offset, (1 - t * t) * (half * half)
+
+
+class LSTMDerivative(StepDerivative):
+    """The derivative of `BNLSTMCell.step`; pre-activations (..., 4U), as its gates.
+
+    Peepholes come on top of them.
+    """
+
+    def __init__(self, cell):
+        self.activation = cell.activation
+        self.recurrent_activation = cell.recurrent_activation
+
+    def width(self, units):
+        return 4 * units
+
+    def pre_activations(self, projected, recurrent, weights):
+        return projected + recurrent
+
+    def factors(self, pre_activations, before, after, weights):
+        (_, c_before), (_, c) = before, after
+        a, peephole = pre_activations, weights.peephole_kernel
+        if peephole is not None:
+            p_i, p_f, p_o = ops.unstack(peephole, axis=0)
+            seen = [p_i * c_before, p_f * c_before, ops.zeros_like(c), p_o * c]
+            a = a + ops.concatenate(seen, axis=-1)
+        gates, slopes = self._gates_and_slopes(a)
+        i, f, candidate, o = ops.split(gates, 4, axis=-1)
+        tanh_c, tanh_slope = value_and_slope(self.activation, c)
+
+        d_a = ops.concatenate([candidate, c_before, i, tanh_c], axis=-1) * slopes
+        d_c, d_c_before = o * tanh_slope, f
+        if peephole is not None:
+            d_i, d_f, _, d_o = ops.split(d_a, 4, axis=-1)
+            d_c = d_c + p_o * d_o
+            d_c_before = d_c_before + p_i * d_i + p_f * d_f
+        return [d_a, d_c, d_c_before]
+
+    def _gates_and_slopes(self, a):
+        if self.activation is tanh and self.recurrent_activation is sigmoid:
+            return gates_by_tanh(a)
+        a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
+        gate = self.recurrent_activation
+        pairs = [
+            value_and_slope(gate, a_i),
+            value_and_slope(gate, a_f),
+            value_and_slope(self.activation, a_c),
+            value_and_slope(gate, a_o),
+        ]
+        return [ops.concatenate(values, axis=-1) for values in zip(*pairs, strict=True)]
+
+    def pull_back(self, gradients, factors):
+        (dh, dc), (d_a, d_c, d_c_before) = gradients, factors
+        dc = dc + dh * d_c
+        return ops.concatenate([dc, dc, dc, dh], axis=-1) * d_a, [None, dc * d_c_before]
+
+    def of_weights(self, gradient, before, after, weights):
+        if weights.peephole_kernel is None:
+            return {}
+        c_before, c = before[1], after[1]
+        d_i, d_f, _, d_o = ops.split(gradient, 4, axis=-1)
+        products = [d_i * c_before, d_f * c_before, d_o * c]
+        d_peephole = ops.stack([ops.sum(p, axis=(0, 1)) for p in products])
+        return {"peephole_kernel": d_peephole}
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

@@ -2,12 +2,15 @@
 
 import keras
 
+from keras_bnrnn.gradients import value_and_slope
 from keras_bnrnn.layers.base import (
     BNRNN,
     BNCell,
     check_units,
+    elementwise,
     with_normalization_arguments,
 )
+from keras_bnrnn.recurrence import StepDerivative
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -117,6 +120,29 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
 
     def step(self, projected, recurrent, states, weights, normalize):
         return [self.activation(normalize(projected + recurrent))]
+
+    def step_derivative(self):
+        return SimpleRNNDerivative(self) if elementwise(self.activation) else None
+
+
+class SimpleRNNDerivative(StepDerivative):
+    """The derivative of `BNSimpleRNNCell.step`; pre-activations (..., U)."""
+
+    def __init__(self, cell):
+        self.activation = cell.activation
+
+    def width(self, units):
+        return units
+
+    def pre_activations(self, projected, recurrent, weights):
+        return projected + recurrent
+
+    def factors(self, pre_activations, before, after, weights):
+        return [value_and_slope(self.activation, pre_activations)[1]]
+
+    def pull_back(self, gradients, factors):
+        (dh,), (slope,) = gradients, factors
+        return dh * slope, [None]
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
