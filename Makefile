@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test lint bench venv clean
 
 # The language model of examples/ on the Python language reference: trains,
 # recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
@@ -16,6 +16,11 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Speed and memory against Keras and torch, some 25 minutes; writes RESULTS.md and
+# charts in benchmarks/. torch.nn.LSTM is measured where torch is installed.
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
 
 venv: $(READY)
 

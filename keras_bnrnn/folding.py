@@ -15,6 +15,7 @@ from keras_bnrnn.layers import (
     BNSimpleRNNCell,
 )
 from keras_bnrnn.layers.base import BNRNN, BNCell
+from keras_bnrnn.layers.fused import stock_weights
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
 from keras_bnrnn.traversal import (
     copy_of,
@@ -248,14 +249,7 @@ def _copy_states(layer, clone):
 
 
 def _copy_folded_weights(cell, stock_cell):
-    folded = cell.folded_weights()
-    bias = folded.bias
-    if getattr(stock_cell, "reset_after", False):
-        recurrent_bias = folded.recurrent_bias
-        if recurrent_bias is None:
-            recurrent_bias = ops.zeros_like(bias)
-        bias = ops.stack([bias, recurrent_bias])  # (2, 3U): as the stock GRU has it
-    weights = (folded.kernel, folded.recurrent_kernel, bias)
+    weights = stock_weights(cell.folded_weights(), stock_cell)
     stock_cell.set_weights([ops.convert_to_numpy(w) for w in weights])
 
 

@@ -24,24 +24,50 @@ def normalized_projection(norm, frames, kernel, valid=None):
     """
     if norm.statistics == "frame":
         return _by_frame(norm, frames, kernel, valid), None
+    centred, mean, count = _centred(norm, frames, kernel, valid)
+    if moments_are_cheaper(frames.shape, kernel.shape[-1]):
+        folded = _folded_kernel(norm, centred, kernel, mean, count)
+        return ops.matmul(centred, folded), _bias(norm, kernel)
+    return _by_projection(norm, centred, kernel, mean, count), _bias(norm, kernel)
+
+
+def folded_projection(norm, frames, kernel, valid=None):
+    """The same with sequence-wise statistics, and the projection left to do.
+
+    Args:
+        norm, frames, kernel, valid: As in `normalized_projection`; time and batch
+            may stand in any order.
+
+    Returns:
+        `(frames, kernel, bias)` such that `frames . kernel + bias` is the normalised
+        projection.
+    """
+    centred, mean, count = _centred(norm, frames, kernel, valid)
+    folded = _folded_kernel(norm, centred, kernel, mean, count)
+    return centred, folded, _bias(norm, kernel)
+
+
+def _centred(norm, frames, kernel, valid):
+    """Frames without their mean, the mean (1, F) of their projection, the count.
+
+    The projection of centred frames has no mean, and float32 holds for frames whose
+    mean is large against their deviation.
+    """
     dtype = norm.statistics_dtype
-    # Centred frames: their projection has no mean, and float32 holds for frames
-    # whose mean is large against their deviation.
     mean, centred, count = stats.centre(
         ops.cast(frames, dtype), valid, (0, 1), norm.reduce_sum
     )
-    count = ops.reshape(count, (1, 1))
-    mean = ops.matmul(ops.reshape(mean, (1, -1)), ops.cast(kernel, dtype))  # (1, F)
-    centred = ops.cast(centred, kernel.dtype)
-    by_moments = moments_are_cheaper(frames.shape, kernel.shape[-1])
-    project = _by_moments if by_moments else _by_projection
-    projected = project(norm, centred, kernel, mean, count)
+    mean = ops.matmul(ops.reshape(mean, (1, -1)), ops.cast(kernel, dtype))
+    return ops.cast(centred, kernel.dtype), mean, ops.reshape(count, (1, 1))
+
+
+def _bias(norm, kernel):
     _, beta = norm.affine()
-    return projected, None if beta is None else ops.cast(beta, kernel.dtype)
+    return None if beta is None else ops.cast(beta, kernel.dtype)
 
 
-def _by_moments(norm, centred, kernel, mean, count):
-    """Normalises the kernel: the variance of a projection w.x is w' Cov(x) w.
+def _folded_kernel(norm, centred, kernel, mean, count):
+    """The kernel, normalised: the variance of a projection w.x is w' Cov(x) w.
 
     What would be passes over (T, B, F) are products of (D, D) and (D, F).
     """
@@ -52,8 +78,7 @@ def _by_moments(norm, centred, kernel, mean, count):
     variance = quadratic_forms(covariance, w)
     variance = ops.maximum(variance, 0.0)  # rounding may have left it below
     norm.update_statistics(mean, variance, count)
-    folded = w * _scale(norm, variance)
-    return ops.matmul(centred, ops.cast(folded, kernel.dtype))
+    return ops.cast(w * _scale(norm, variance), kernel.dtype)
 
 
 def _by_projection(norm, centred, kernel, mean, count):

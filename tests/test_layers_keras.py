@@ -801,7 +801,7 @@ def test_bad_arguments(kind):
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_bad_use_cudnn(kind):
-    for value in (True, "yes", 1, None):
+    for value in ("yes", 1, None):
         with pytest.raises(ValueError, match=f"use_cudnn={value!r}"):
             KINDS[kind][0](2, use_cudnn=value)
 

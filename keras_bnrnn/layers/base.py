@@ -14,7 +14,8 @@ from keras import ops
 
 from keras_bnrnn import statistics as stats
 from keras_bnrnn.distribution import replica_count
-from keras_bnrnn.projection import normalized_projection
+from keras_bnrnn.layers.fused import FusedKernel, gpu_is_visible
+from keras_bnrnn.projection import folded_projection, normalized_projection
 from keras_bnrnn.recurrence import time_loop
 from keras_bnrnn.sequence_batch_norm import (
     SequenceBatchNorm,
@@ -174,6 +175,7 @@ class BNCell:
     """
 
     gates = None  # G
+    reads_ahead = False  # see `time_loop`
 
     def _init_normalization(
         self,
@@ -441,6 +443,9 @@ class BNRNN(keras.layers.RNN):
     gamma_initializer = of_norm("gamma_initializer")
     synchronized = of_norm("synchronized")
 
+    use_cudnn = False
+    _fused = None
+
     def __init__(self, cell, activity_regularizer=None, **kwargs):
         super().__init__(cell, activity_regularizer=activity_regularizer, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=3)
@@ -463,12 +468,49 @@ class BNRNN(keras.layers.RNN):
             dropout_mask = cell.get_dropout_mask(sequences[:, 0, :])
             sequences = sequences * dropout_mask[:, None, :]
         learns = norm.uses_batch_statistics(training)
-        in_loop = learns and cell.normalize == "joint"
         weights = cell.own_weights() if learns else cell.folded_weights()
         if training and cell.recurrent_dropout:
             dropout_mask = cell.get_recurrent_dropout_mask(initial_state[0])
             weights = weights._replace(recurrent_dropout_mask=dropout_mask)
 
+        kernel = self._fused_kernel(training, mask)
+        if kernel is None:
+            outputs, states = self._time_loop(
+                sequences, initial_state, mask, weights, learns, training
+            )
+            return self._masked_outputs(outputs, states, mask)
+
+        if learns:
+            valid = None if mask is None else mask[..., None]
+            sequences, folded, bias = folded_projection(
+                norm, sequences, weights.kernel, valid
+            )
+            weights = weights._replace(kernel=folded, bias=bias)
+
+        outputs, states = kernel(
+            sequences, initial_state, mask, weights, self.zero_output_for_mask
+        )
+        if not self.return_sequences:
+            outputs = None
+        return self._masked_outputs(outputs, states, mask)
+
+    def _time_loop(
+        self,
+        sequences,
+        initial_state,
+        mask,
+        weights,
+        learns,
+        training,
+    ):
+        """Projects, normalises where the layer learns, and runs the time loop.
+
+        Returns:
+            Outputs (B, T, U) in the order of processing, or `None`, and the states.
+        """
+        cell = self.cell
+        norm = cell.input_norm
+        in_loop = learns and cell.normalize == "joint"
         frames, valid = self._frames(sequences, mask)
         if learns and not in_loop:
             projected, bias = normalized_projection(norm, frames, weights.kernel, valid)
@@ -503,12 +545,70 @@ class BNRNN(keras.layers.RNN):
             collected=moments if in_loop else (),
             derivative=None if in_loop else cell.step_derivative(),
             keeps=training,
+            reads_ahead=cell.reads_ahead,
         )
         if in_loop:
             norm.update_statistics(*collected)
         if outputs is not None:
             outputs = ops.transpose(outputs, (1, 0, 2))  # (B, T, U)
-        return self._masked_outputs(outputs, states, mask)
+        return outputs, states
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        super().build(sequences_shape, initial_state_shape)
+        if self._why_not_fused() is None:
+            self._fused = FusedKernel(self._stock_layer())
+            self._fused.build(sequences_shape)
+
+    def _use_cudnn(self, use_cudnn):
+        """Called by a layer at the end of its `__init__`."""
+        self.use_cudnn = use_cudnn
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        if on_tensorflow and self._why_not_fused() is None:
+            self.supports_jit = False  # as in the stock layer: XLA has no such kernel
+
+    def _stock_layer(self):
+        """The stock layer whose kernel may run this one; `None` where there is none."""
+        return None
+
+    def _fused_kernel(self, training, mask):
+        """The kernel of this call, or `None` for the time loop."""
+        reason = self._why_not_fused(training, mask)
+        if reason is None and self._fused is not None:
+            return self._fused
+        if self.use_cudnn is True:
+            raise ValueError(
+                f"`use_cudnn=True` cannot be met: {reason}. Pass `use_cudnn='auto'` "
+                f"to use the time loop instead. Received: {type(self).__name__} "
+                f"{self.name!r} with training={training!r}"
+            )
+        return None
+
+    def _why_not_fused(self, training=False, mask=None):
+        """Why no fused kernel runs a call, or `None` where one does."""
+        cell = self.cell
+        if self.use_cudnn is False:
+            return "`use_cudnn` is False"
+        if not self._has_stock_equations():
+            return "only the usual activations, without peepholes, have a kernel"
+        if self.unroll:
+            return "`unroll` is True"
+        if training and cell.recurrent_dropout:
+            return "there is recurrent dropout"
+        if cell.input_norm.uses_batch_statistics(training):
+            if cell.normalize == "joint":
+                return "`normalize='joint'` normalises inside the time loop"
+            if self.statistics == "frame":
+                return "statistics are frame-wise"
+        if mask is not None and self.use_cudnn is not True:
+            # Which of the two runs cannot be left to the mask's values: TensorFlow
+            # 2.21 gives wrong gradients of a `tf.cond` between them.
+            return "the mask may have any pattern"
+        if not gpu_is_visible():
+            return "there is no GPU"
+        return None
+
+    def _has_stock_equations(self):
+        return False
 
     def _frames(self, sequences, mask):
         """Sequences and mask as the time loop has them.
@@ -665,13 +765,7 @@ def check_units(units):
 
 
 def check_use_cudnn(use_cudnn):
-    """`use_cudnn` of the stock layer, where no fused kernel is used."""
-    if use_cudnn is True:
-        raise ValueError(
-            "No fused cuDNN kernel is used by this layer yet: pass "
-            f"`use_cudnn='auto'`. Received: use_cudnn={use_cudnn!r}"
-        )
-    if use_cudnn not in ("auto", False):
+    if not isinstance(use_cudnn, bool) and use_cudnn != "auto":
         raise ValueError(
             "`use_cudnn` must be 'auto', True or False. "
             f"Received: use_cudnn={use_cudnn!r}"

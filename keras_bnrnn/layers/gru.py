@@ -2,6 +2,7 @@
 
 import keras
 from keras import ops
+from keras.activations import sigmoid, tanh
 
 from keras_bnrnn.gradients import value_and_slope
 from keras_bnrnn.layers.base import (
@@ -69,6 +70,7 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
     """
 
     gates = 3
+    reads_ahead = True
 
     def __init__(
         self,
@@ -254,7 +256,15 @@ class BNGRU(BNRNN):
     the input projection; `recurrent_bias` is the second row of the stock layer's
     bias. `use_bias` and the `bias_*` arguments hold for both. `dropout` and
     `recurrent_dropout` must be in [0, 1); all gates share one mask.
-    `use_cudnn=True` is refused: no fused kernel is used yet.
+    See below for `use_cudnn`.
+
+    On a GPU the fused cuDNN kernel runs the recurrence with the folded weights of the
+    batch, or of the population, where Keras' own layer would take it,
+    training statistics are sequence-wise and there is no mask. `use_cudnn=True` takes
+    it with a mask too, all padding on the right and no row empty, fails for another
+    one, and raises an error where there is no such kernel. `"auto"` (default) then
+    runs the time loop, `False` always. TensorFlow's XLA has no such kernel: on a GPU
+    compile models with `jit_compile=False`, or pass `use_cudnn=False`.
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
@@ -361,7 +371,24 @@ class BNGRU(BNRNN):
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
-        self.use_cudnn = use_cudnn
+        self._use_cudnn(use_cudnn)
+
+    def _has_stock_equations(self):
+        return (
+            self.activation is tanh
+            and self.recurrent_activation is sigmoid
+            and self.reset_after
+        )
+
+    def _stock_layer(self):
+        return keras.layers.GRU(
+            self.units,
+            return_sequences=True,
+            return_state=True,
+            go_backwards=self.go_backwards,
+            use_cudnn="auto",
+            dtype=self.dtype_policy,
+        )
 
     recurrent_activation = of_cell("recurrent_activation")
     reset_after = of_cell("reset_after")

@@ -165,7 +165,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
     def _gates(self, a):
         """The four gates of their pre-activations."""
         if self.activation is tanh and self.recurrent_activation is sigmoid:
-            return ops.split(gates_by_tanh(a)[0], 4, axis=-1)
+            return gates_by_tanh(a)[0]
         a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
         gate = self.recurrent_activation
         return gate(a_i), gate(a_f), self.activation(a_c), gate(a_o)
@@ -187,7 +187,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
 
 
 def gates_by_tanh(a):
-    """Gates i, f, c, o with the usual activations, and their derivative.
+    """Gates i, f, c, o with the usual activations.
 
     `sigmoid(a) = tanh(a / 2) / 2 + 1 / 2`: one tanh of all gates together costs
     less than three sigmoids and a tanh of slices.
@@ -196,14 +196,22 @@ def gates_by_tanh(a):
         a: Tensor of shape (..., 4U), the pre-activations.
 
     Returns:
-        Gates and their derivative in `a`, both (..., 4U).
+        List of the four gates, (..., U), and the tanh that they come from, (..., 4U).
     """
-    units = a.shape[-1] // 4
-    half = np.repeat([0.5, 0.5, 1.0, 0.5], units)
-    offset = np.repeat([0.5, 0.5, 0.0, 0.5], units)
-    half, offset = (ops.convert_to_tensor(v, dtype=a.dtype) for v in (half, offset))
-    t = ops.tanh(a * half)
-    return t * half + offset, (1 - t * t) * (half * half)
+    t = ops.tanh(a * _halves(a))
+    i, f, candidate, o = ops.split(t, 4, axis=-1)
+    return [0.5 * i + 0.5, 0.5 * f + 0.5, candidate, 0.5 * o + 0.5], t
+
+
+def slopes_by_tanh(a, t):
+    """The derivative (..., 4U) of the gates that `gates_by_tanh` makes."""
+    halves = _halves(a)
+    return (1 - t * t) * (halves * halves)
+
+
+def _halves(a):
+    halves = np.repeat([0.5, 0.5, 1.0, 0.5], a.shape[-1] // 4)
+    return ops.convert_to_tensor(halves, dtype=a.dtype)
 
 
 class LSTMDerivative(StepDerivative):
@@ -229,8 +237,7 @@ class LSTMDerivative(StepDerivative):
             p_i, p_f, p_o = ops.unstack(peephole, axis=0)
             seen = [p_i * c_before, p_f * c_before, ops.zeros_like(c), p_o * c]
             a = a + ops.concatenate(seen, axis=-1)
-        gates, slopes = self._gates_and_slopes(a)
-        i, f, candidate, o = ops.split(gates, 4, axis=-1)
+        (i, f, candidate, o), slopes = self._gates_and_slopes(a)
         tanh_c, tanh_slope = value_and_slope(self.activation, c)
 
         d_a = ops.concatenate([candidate, c_before, i, tanh_c], axis=-1) * slopes
@@ -243,7 +250,8 @@ class LSTMDerivative(StepDerivative):
 
     def _gates_and_slopes(self, a):
         if self.activation is tanh and self.recurrent_activation is sigmoid:
-            return gates_by_tanh(a)
+            gates, t = gates_by_tanh(a)
+            return gates, slopes_by_tanh(a, t)
         a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
         gate = self.recurrent_activation
         pairs = [
@@ -252,7 +260,8 @@ class LSTMDerivative(StepDerivative):
             value_and_slope(self.activation, a_c),
             value_and_slope(gate, a_o),
         ]
-        return [ops.concatenate(values, axis=-1) for values in zip(*pairs, strict=True)]
+        gates, slopes = zip(*pairs, strict=True)
+        return gates, ops.concatenate(slopes, axis=-1)
 
     def pull_back(self, gradients, factors):
         (dh, dc), (d_a, d_c, d_c_before) = gradients, factors
@@ -290,7 +299,16 @@ class BNLSTM(BNRNN):
     `keras.layers.LSTM`, with the same defaults. `beta` takes the place of the bias,
     and with it `use_bias`, `unit_forget_bias` and the `bias_*` arguments.
     `dropout` and `recurrent_dropout` must be in [0, 1); all gates share one
-    mask. `use_cudnn=True` is refused: no fused kernel is used yet.
+    mask. See below for `use_cudnn`.
+
+    On a GPU the fused cuDNN kernel runs the recurrence with the folded weights of the
+    batch, or of the population, where Keras' own layer would take it, there is no
+    peephole, training statistics are sequence-wise and there is no mask.
+    `use_cudnn=True` takes it with a mask too, all padding on the right and no row
+    empty, fails for another one, and raises an error where there is no such kernel.
+    `"auto"` (default) then runs the time loop, `False` always. TensorFlow's XLA has no
+    such kernel: on a GPU compile models with `jit_compile=False`, or pass
+    `use_cudnn=False`.
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
@@ -403,7 +421,24 @@ class BNLSTM(BNRNN):
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
-        self.use_cudnn = use_cudnn
+        self._use_cudnn(use_cudnn)
+
+    def _has_stock_equations(self):
+        return (
+            self.activation is tanh
+            and self.recurrent_activation is sigmoid
+            and not self.peephole
+        )
+
+    def _stock_layer(self):
+        return keras.layers.LSTM(
+            self.units,
+            return_sequences=True,
+            return_state=True,
+            go_backwards=self.go_backwards,
+            use_cudnn="auto",
+            dtype=self.dtype_policy,
+        )
 
     recurrent_activation = of_cell("recurrent_activation")
     unit_forget_bias = of_cell("unit_forget_bias")

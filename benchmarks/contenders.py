@@ -1,0 +1,157 @@
+"""What is measured: layers, models, and one training or inference step of each."""
+
+import json
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+import keras_bnrnn
+
+SHAPES = [  # B, T, D, U
+    (20, 35, 650, 650),
+    (32, 100, 250, 250),
+    (32, 100, 128, 128),
+    (1, 100, 128, 128),
+]
+MODES = ("graph", "xla")
+KINDS = {
+    "lstm": (keras_bnrnn.BNLSTM, keras.layers.LSTM),
+    "gru": (keras_bnrnn.BNGRU, keras.layers.GRU),
+    "simple_rnn": (keras_bnrnn.BNSimpleRNN, keras.layers.SimpleRNN),
+}
+
+
+def model(name, shape, kind="lstm", mode="graph"):
+    """A model of sequences of a shape (B, T, D, U).
+
+    Args:
+        name: `"bn"` (sequence-wise), `"bn frame"`, `"bn off"` (the same layer with
+            its normalisation frozen: the same loop with other weights, no batch
+            statistics), `"keras"`, `"keras bn"` (`BatchNormalization` in front).
+        shape: (B, T, D, U).
+        kind: The kind of layer.
+        mode: With `"xla"`, no cuDNN kernel, which XLA does not have.
+    """
+    own, stock = KINDS[kind]
+    options = {"return_sequences": True}
+    if mode == "xla" and kind != "simple_rnn":
+        options["use_cudnn"] = False
+    batch, timesteps, width, units = shape
+    inputs = keras.Input(
+        (timesteps, width),
+        # Frame-wise statistics of one row are refused where they can be foreseen.
+        batch_size=None if name == "bn frame" else batch,
+    )
+    if name == "keras":
+        outputs = stock(units, **options)(inputs)
+    elif name == "keras bn":
+        outputs = keras.layers.BatchNormalization()(inputs)
+        outputs = stock(units, **options)(outputs)
+    else:
+        statistics = "frame" if name == "bn frame" else "sequence"
+        layer = own(units, statistics=statistics, **options)
+        outputs = layer(inputs)
+        layer.input_norm.trainable = name != "bn off"
+    return keras.Model(inputs, outputs)
+
+
+def stack(name, shape=(24, 300, 123, 250), depth=5):
+    """A deep bidirectional LSTM, as the paper's for speech."""
+    batch, timesteps, width, units = shape
+    layer = keras_bnrnn.BNLSTM if name == "bn" else keras.layers.LSTM
+    layers = [
+        keras.layers.Bidirectional(layer(units, return_sequences=True))
+        for _ in range(depth)
+    ]
+    return keras.Sequential(
+        [keras.Input((timesteps, width), batch_size=batch), *layers]
+    )
+
+
+def frames(shape, seed=0):
+    """Random input of a shape (B, T, D, U)."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=shape[:3]).astype("float32")
+
+
+def training_step(model, x, mode):
+    """A function that takes one step of gradient descent and waits for it."""
+    import tensorflow as tf
+
+    x = tf.constant(x)
+
+    def step(x):
+        weights = [w.value for w in model.trainable_variables]
+        with tf.GradientTape() as tape:
+            outputs = model(x, training=True)
+            loss = tf.reduce_mean(tf.square(outputs))
+        for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
+            weight.assign_sub(0.01 * gradient)
+        return loss
+
+    step = tf.function(
+        step,
+        input_signature=[tf.TensorSpec((model.input_shape), x.dtype)],
+        jit_compile=mode == "xla",
+        autograph=False,
+    )
+
+    def run():
+        step(x).numpy()
+
+    return run
+
+
+def inference_step(model, x, mode):
+    """A function that infers and waits for it."""
+    import tensorflow as tf
+
+    x = tf.constant(x)
+    infer = tf.function(
+        lambda x: model(x, training=False),
+        jit_compile=mode == "xla",
+        autograph=False,
+    )
+
+    def run():
+        infer(x).numpy()
+
+    return run
+
+
+class TorchLSTM:
+    """A training step of `torch.nn.LSTM`, in a process of its own.
+
+    There its threads do not meet those of TensorFlow: it works when called, and
+    waits otherwise.
+    """
+
+    def __init__(self, shape):
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.join(os.path.dirname(__file__), "torch_lstm.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._ask(list(shape))
+
+    def _ask(self, message):
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("The torch process ended; its error is above.")
+        return json.loads(answer)
+
+    def __call__(self):
+        """Seconds that a step took."""
+        return self._ask("step")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()

@@ -1,0 +1,587 @@
+"""Measures the layers against their peers, and writes RESULTS.md and its charts.
+
+Every ratio is of medians of one run, in which the contenders took turns. Where both a
+graph and an XLA program were measured, the faster of each side counts.
+
+    python benchmarks/run.py                 # all parts, about half an hour
+    python benchmarks/run.py --only training inference
+    python benchmarks/run.py --gpu           # on a GPU, cuDNN and XLA
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+
+
+def geometric_mean(values):
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+# Parts. Each returns a JSON-able dict.
+
+
+def measure_steps(build, shapes, names, seconds, torch_too=False, kind="lstm"):
+    """Times of each contender, by shape, name and mode: [median, low, high]."""
+    import contenders
+    import timing
+
+    results = []
+    for shape in shapes:
+        functions, torch = {}, None
+        for name in names:
+            for mode in contenders.MODES:
+                model = contenders.model(name, shape, kind, mode)
+                x = contenders.frames(shape)
+                functions[f"{name}/{mode}"] = build(model, x, mode)
+        if torch_too:
+            torch = contenders.TorchLSTM(shape)
+            functions["torch/eager"] = torch
+        times = timing.alternate(functions, seconds)
+        if torch is not None:
+            torch.close()
+        results.append({"shape": shape, "times": times})
+        print(kind, shape, brief(times), flush=True)
+    return results
+
+
+def brief(times):
+    return ", ".join(f"{k} {t[0] * 1e3:.1f}" for k, t in times.items())
+
+
+def training(arguments):
+    import contenders
+
+    has_torch = importlib.util.find_spec("torch") is not None
+    if not has_torch:
+        print("No torch here: `pip install torch` to measure torch.nn.LSTM too.")
+    names = ["bn", "bn off", "bn frame", "keras", "keras bn"]
+    result = {
+        "lstm": measure_steps(
+            contenders.training_step,
+            contenders.SHAPES,
+            names,
+            arguments.seconds,
+            torch_too=has_torch,
+        )
+    }
+    for kind in ("gru", "simple_rnn"):
+        result[kind] = measure_steps(
+            contenders.training_step,
+            contenders.SHAPES,
+            ["bn", "keras"],
+            arguments.seconds / 2,
+            kind=kind,
+        )
+    return result
+
+
+def inference(arguments):
+    import contenders
+
+    return {
+        kind: measure_steps(
+            contenders.inference_step,
+            contenders.SHAPES,
+            ["bn", "keras"],
+            arguments.seconds / 2,
+            kind=kind,
+        )
+        for kind in contenders.KINDS
+    }
+
+
+def stack(arguments):
+    import contenders
+    import timing
+
+    shape = (24, 300, 123, 250)
+    functions = {}
+    for name in ("bn", "keras"):
+        for mode in contenders.MODES:
+            functions[f"{name}/{mode}"] = contenders.training_step(
+                contenders.stack(name, shape), contenders.frames(shape), mode
+            )
+    times = timing.alternate(functions, arguments.seconds * 4, least=4)
+    print("stack", brief(times), flush=True)
+    return {"lstm": [{"shape": shape, "times": times}]}
+
+
+def workers(measure, shapes, names, repeats, modes):
+    """Results of `worker.py`, each in a fresh process, in turn."""
+    results = []
+    for shape in shapes:
+        found = {f"{name}/{mode}": [] for name in names for mode in modes}
+        for _ in range(repeats):
+            for key, values in found.items():
+                name, mode = key.split("/")
+                output = subprocess.run(
+                    [
+                        sys.executable,
+                        HERE / "worker.py",
+                        measure,
+                        name,
+                        mode,
+                        *map(str, shape),
+                    ],
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                ).stdout
+                values.append(json.loads(output.splitlines()[-1]))
+        medians = {
+            key: {f: statistics.median(v[f] for v in values) for f in values[0]}
+            for key, values in found.items()
+        }
+        results.append({"shape": shape, "found": medians})
+        print(measure, shape, medians, flush=True)
+    return results
+
+
+def memory(arguments):
+    import contenders
+
+    shapes, modes = contenders.SHAPES, contenders.MODES
+    return {"lstm": workers("memory", shapes, ["bn", "keras"], 1, modes)}
+
+
+def compiling(arguments):
+    import contenders
+
+    shapes = [(8, 10, 64, 64), (8, 100, 64, 64), (8, 1000, 64, 64)]
+    return {"lstm": workers("compile", shapes, ["bn", "keras"], 3, contenders.MODES)}
+
+
+def linear(arguments):
+    """Training steps over growing T and growing B."""
+    import contenders
+
+    units = 64
+    by_length = [(8, t, units, units) for t in (10, 30, 100, 300, 1000, 3000, 10000)]
+    by_batch = [(b, 100, units, units) for b in (1, 4, 16, 64, 256)]
+    return {
+        axis: measure_steps(
+            contenders.training_step, shapes, ["bn", "keras"], arguments.seconds / 3
+        )
+        for axis, shapes in (("T", by_length), ("B", by_batch))
+    }
+
+
+def gpu(arguments):
+    """Training and inference on a GPU: graphs with cuDNN, XLA without."""
+    import contenders
+
+    from keras_bnrnn.layers.fused import gpu_is_visible
+
+    if not gpu_is_visible():
+        raise SystemExit("--gpu: TensorFlow sees no GPU here.")
+    shapes = [*contenders.SHAPES, (64, 200, 512, 512)]
+    names = ["bn", "bn off", "keras"]
+    return {
+        part: measure_steps(build, shapes, names, arguments.seconds)
+        for part, build in (
+            ("training", contenders.training_step),
+            ("inference", contenders.inference_step),
+        )
+    }
+
+
+PARTS = {
+    "training": training,
+    "inference": inference,
+    "stack": stack,
+    "memory": memory,
+    "compiling": compiling,
+    "linear": linear,
+}
+
+
+# Results
+
+
+def best(times, name):
+    """Of the modes of a contender, the one with the least median."""
+    return min((t for k, t in times.items() if k.split("/")[0] == name), default=None)
+
+
+def ratios(results, ours, theirs):
+    """Ratio of the best medians for each shape where both were measured."""
+    found = []
+    for result in results:
+        a, b = best(result["times"], ours), best(result["times"], theirs)
+        if a is not None and b is not None:
+            found.append(a[0] / b[0])
+    return found
+
+
+def of_mode(results, mode):
+    """The results of one mode alone."""
+    return [
+        {**r, "times": {k: t for k, t in r["times"].items() if k.endswith(mode)}}
+        for r in results
+    ]
+
+
+def of_workers(results, field, ours, theirs, pick=min):
+    """Ratio of the better mode of each side, for each shape."""
+
+    def value(found, name):
+        return pick(v[field] for k, v in found.items() if k.split("/")[0] == name)
+
+    return [value(r["found"], ours) / value(r["found"], theirs) for r in results]
+
+
+def targets(data):
+    """Rows of (what, target, ratios, held)."""
+    rows = []
+
+    def add(what, found, mean=None, each=None):
+        if not found:
+            return
+        bounds, held = [], True
+        if mean is not None:
+            bounds.append(f"geometric mean <= {mean:.2f}")
+            held &= geometric_mean(found) <= mean
+        if each is not None:
+            bounds.append(f"each <= {each:.2f}")
+            held &= max(found) <= each
+        rows.append((what, ", ".join(bounds), found, held))
+
+    if "training" in data:
+        lstm = data["training"]["lstm"]
+        add(
+            "BNLSTM / keras LSTM, training",
+            ratios(lstm, "bn", "keras"),
+            0.60,
+            0.90,
+        )
+        add(
+            "BNLSTM / keras BatchNormalization + LSTM, training",
+            ratios(lstm, "bn", "keras bn"),
+            0.45,
+        )
+        add(
+            "BNLSTM frame-wise / keras LSTM, training",
+            ratios(lstm, "bn frame", "keras"),
+            0.75,
+            1.0,
+        )
+        both = ratios(data["training"]["gru"], "bn", "keras")
+        both += ratios(data["training"]["simple_rnn"], "bn", "keras")
+        add("BNGRU / keras GRU; BNSimpleRNN / keras SimpleRNN", both, 0.80, 1.0)
+        add(
+            "BNLSTM / the same without normalisation",
+            ratios(lstm, "bn", "bn off"),
+            each=1.08,
+        )
+        add("BNLSTM / torch.nn.LSTM, training", ratios(lstm, "bn", "torch"), 1.25)
+    if "inference" in data:
+        add(
+            "BNLSTM / keras LSTM, inference",
+            ratios(data["inference"]["lstm"], "bn", "keras"),
+            0.85,
+            1.0,
+        )
+        both = ratios(data["inference"]["gru"], "bn", "keras")
+        both += ratios(data["inference"]["simple_rnn"], "bn", "keras")
+        add("The same for GRU; SimpleRNN", both, 0.85, 1.0)
+    if "memory" in data:
+        add(
+            "BNLSTM / keras LSTM, peak memory of a process that trains",
+            of_workers(data["memory"]["lstm"], "process_bytes", "bn", "keras"),
+            each=1.1,
+        )
+    if "compiling" in data:
+        found = data["compiling"]["lstm"]
+        of_xla = [
+            {"found": {k: v for k, v in r["found"].items() if k.endswith("xla")}}
+            for r in found
+        ]
+        add(
+            "BNLSTM / keras LSTM, trace and XLA compilation",
+            of_workers(of_xla, "seconds", "bn", "keras"),
+            each=1.3,
+        )
+        own = [r["found"]["bn/xla"]["seconds"] for r in found]
+        add("The same of BNLSTM, longest T / shortest", [own[-1] / own[0]], each=1.15)
+    if "gpu" in data:
+        steps = data["gpu"]["training"]
+        add(
+            "GPU: BNLSTM / keras LSTM on the fused kernel, training",
+            ratios(of_mode(steps, "graph"), "bn", "keras"),
+            each=1.15,
+        )
+        add(
+            "GPU: BNLSTM / keras LSTM under XLA, training",
+            ratios(of_mode(steps, "xla"), "bn", "keras"),
+            each=1.0,
+        )
+    if "stack" in data:
+        add(
+            "Bidirectional 5 x 250 / the Keras one, training",
+            ratios(data["stack"]["lstm"], "bn", "keras"),
+            each=0.80,
+        )
+    return rows
+
+
+def table(rows):
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def milliseconds(timing):
+    median, low, high = (1e3 * t for t in timing)
+    digits = 1 if median >= 10 else 2
+    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def times_table(results):
+    names = list(results[0]["times"])
+    rows = [["B, T, D, U", *(n.replace("/", ", ") for n in names)]]
+    for result in results:
+        times = result["times"]
+        cells = [milliseconds(times[n]) if n in times else "" for n in names]
+        rows.append([", ".join(map(str, result["shape"])), *cells])
+    return table(rows)
+
+
+def report(data):
+    """RESULTS.md of what was measured."""
+    about = data["about"]
+    lines = [
+        "# Results",
+        "",
+        "Made by `make bench`. Machine: "
+        f"{about['machine']}. {about['versions']}. {about['date']}. Ratios are of "
+        "medians of one run in which the contenders took turns, the faster of graph "
+        "and XLA on each side; times are milliseconds, with the middle half of the "
+        "measurements in brackets. The machine is shared: times move by some 20 % "
+        "from run to run, ratios by less.",
+        "",
+        "A training step is the forward pass, the mean of the squared outputs, the "
+        "gradients of all weights and a step of gradient descent. *without "
+        "normalisation*, `bn off`, is the same layer with `input_norm` frozen: the "
+        "same loop, no batch statistics. Frame-wise training of a single row is "
+        "measured with the batch size unknown to the layer, which refuses it "
+        "otherwise.",
+        "",
+        "![Training steps](training.png)",
+        "",
+        "## Targets",
+        "",
+    ]
+    rows = [["what", "target", "geometric mean", "each", ""]]
+    for what, target, found, held in targets(data):
+        each = ", ".join(f"{r:.2f}" for r in found)
+        mean = f"{geometric_mean(found):.2f}"
+        rows.append([what, target, mean, each, "held" if held else "**missed**"])
+    lines += [table(rows), ""]
+    notes = HERE / "NOTES.md"
+    if notes.exists():
+        lines += [notes.read_text().strip(), ""]
+    for part, title in (
+        ("training", "Training"),
+        ("inference", "Inference"),
+        ("stack", "Bidirectional stack, training"),
+    ):
+        for kind, results in data.get(part, {}).items():
+            lines += [f"## {title}: {kind}", "", times_table(results), ""]
+    if "memory" in data:
+        rows = [["B, T, D, U", *data["memory"]["lstm"][0]["found"]]]
+        for result in data["memory"]["lstm"]:
+            rows.append(
+                [
+                    ", ".join(map(str, result["shape"])),
+                    *(
+                        f"{v['process_bytes'] / 2**20:.0f} ({v['bytes'] / 2**20:.0f})"
+                        for v in result["found"].values()
+                    ),
+                ]
+            )
+        lines += [
+            "## Memory",
+            "",
+            "MiB that a process of its own holds at the peak of tracing, compiling and "
+            "five training steps; in brackets, less what it held before the model was "
+            "made.",
+            "",
+            table(rows),
+            "",
+        ]
+    if "compiling" in data:
+        rows = [["B, T, D, U", *data["compiling"]["lstm"][0]["found"]]]
+        for result in data["compiling"]["lstm"]:
+            rows.append(
+                [
+                    ", ".join(map(str, result["shape"])),
+                    *(f"{v['seconds']:.2f}" for v in result["found"].values()),
+                ]
+            )
+        lines += [
+            "## Compilation",
+            "",
+            "Seconds of the first training step less those of the second: tracing, "
+            "and under XLA compiling. Each in a process of its own, medians of 3.",
+            "",
+            table(rows),
+            "",
+        ]
+    if "gpu" in data:
+        about = data["gpu"]["about"]
+        lines += [f"## GPU: {about['machine']}", "", f"{about['versions']}.", ""]
+        for part in ("training", "inference"):
+            lines += [f"### {part}", "", times_table(data["gpu"][part]), ""]
+    if "linear" in data:
+        lines += ["## Growth with T and B", "", "![Growth](growth.png)", ""]
+        for results in data["linear"].values():
+            lines += [times_table(results), ""]
+    return "\n".join(lines)
+
+
+def charts(data, directory):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if "training" in data:
+        figure, axis = plt.subplots(figsize=(9, 4))
+        names = [
+            ("bn", "BNLSTM"),
+            ("bn frame", "BNLSTM, frame-wise"),
+            ("bn off", "the same without normalisation"),
+            ("keras", "keras LSTM"),
+            ("keras bn", "keras BatchNormalization + LSTM"),
+            ("torch", "torch.nn.LSTM"),
+        ]
+        results = data["training"]["lstm"]
+        names = [n for n in names if best(results[0]["times"], n[0]) is not None]
+        for i, (name, label) in enumerate(names):
+            heights = [
+                best(r["times"], name)[0] / best(r["times"], "keras")[0]
+                for r in results
+            ]
+            where = [x + (i - (len(names) - 1) / 2) * 0.13 for x in range(len(results))]
+            axis.bar(where, heights, 0.13, label=label)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_xticks(
+            range(len(results)),
+            ["B {}, T {}, D {}, U {}".format(*r["shape"]) for r in results],
+        )
+        axis.set_ylabel("training step, keras LSTM = 1")
+        axis.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(directory / "training.png", dpi=120)
+        plt.close(figure)
+    if "linear" in data:
+        figure, axes = plt.subplots(1, 2, figsize=(9, 4))
+        for axis, (name, results) in zip(axes, data["linear"].items(), strict=True):
+            index = 1 if name == "T" else 0
+            sizes = [r["shape"][index] for r in results]
+            for contender, label in (("bn", "BNLSTM"), ("keras", "keras LSTM")):
+                times = [1e3 * best(r["times"], contender)[0] for r in results]
+                axis.loglog(sizes, times, "o-", label=label)
+                if contender == "bn":
+                    line = [times[-1] * s / sizes[-1] for s in sizes]
+                    axis.loglog(sizes, line, "k:", label="proportional")
+            shape = results[0]["shape"]
+            rest = f"B {shape[0]}" if name == "T" else f"T {shape[1]}"
+            axis.set_xlabel(f"{name} ({rest}, D {shape[2]}, U {shape[3]})")
+            axis.set_ylabel("training step, ms")
+            axis.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(directory / "growth.png", dpi=120)
+        plt.close(figure)
+
+
+def about():
+    import keras
+    import tensorflow as tf
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+                break
+    versions = [
+        f"Python {platform.python_version()}",
+        f"TensorFlow {tf.__version__}",
+        f"Keras {keras.__version__}",
+    ]
+    if importlib.util.find_spec("torch") is not None:
+        from importlib.metadata import version
+
+        versions.append(f"torch {version('torch')}")
+    gpus = [
+        tf.config.experimental.get_device_details(device).get("device_name", "GPU")
+        for device in tf.config.list_physical_devices("GPU")
+    ]
+    return {
+        "machine": f"{os.cpu_count()} cores of {name}, {', '.join(gpus) or 'no GPU'}",
+        "versions": ", ".join(versions),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="per shape (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=pathlib.Path,
+        default=HERE,
+        help="where results.json, RESULTS.md and the charts go (default: here)",
+    )
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="measure on a GPU instead; the results stand beside those of the CPU",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="measure nothing: write the page from results.json again",
+    )
+    arguments = parser.parse_args()
+    directory = arguments.output_dir
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "results.json"
+    data = json.loads(path.read_text()) if path.exists() else {}
+    if arguments.gpu:
+        data["gpu"] = {**gpu(arguments), "about": about()}
+        path.write_text(json.dumps(data, indent=1) + "\n")
+    elif not arguments.report:
+        for part in arguments.only:
+            data[part] = PARTS[part](arguments)
+            data["about"] = about()
+            path.write_text(json.dumps(data, indent=1) + "\n")
+    (directory / "RESULTS.md").write_text(report(data))
+    charts(data, directory)
+    for what, target, found, held in targets(data):
+        each = ", ".join(f"{r:.2f}" for r in found)
+        print(
+            f"{'held  ' if held else 'MISSED'} {what}: {target}; "
+            f"{geometric_mean(found):.2f} of {each}"
+        )
+
+
+if __name__ == "__main__":
+    main()

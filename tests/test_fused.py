@@ -1,0 +1,207 @@
+"""Which calls a fused kernel runs, and what it is given.
+
+There is no GPU here: the tests say that there is one. The stock layer to which the
+weights are handed then does without its kernel, by Keras' own rules, and computes what
+the kernel would.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import KINDS, gap, random_mask, randomize
+
+from keras_bnrnn.layers import base
+from keras_bnrnn.layers.fused import FusedKernel
+
+B, T, D, U = 6, 5, 3, 4
+BOOLEANS = [False, True]
+EACH = pytest.mark.parametrize("kind", ["lstm", "gru"])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(base, "gpu_is_visible", lambda: True)
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """The arguments of every call of a fused kernel."""
+    calls = []
+    call = FusedKernel.__call__
+
+    def listen(self, *arguments):
+        calls.append(arguments)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(FusedKernel, "__call__", listen)
+    return calls
+
+
+def pair(kind, rng, use_cudnn="auto", **arguments):
+    """A layer that may be fused, and one with the same weights that may not."""
+    layers = [
+        KINDS[kind][0](U, dtype="float64", use_cudnn=which, **arguments)
+        for which in (use_cudnn, False)
+    ]
+    for layer in layers:
+        layer.build((B, T, D))
+    randomize(layers[0], rng)
+    layers[1].set_weights(layers[0].get_weights())
+    return layers
+
+
+def right_padded(rng):
+    return np.arange(T) < rng.integers(1, T + 1, (B, 1))
+
+
+def outputs_and_gradients(layer, x, mask, states, training):
+    weights = [w.value for w in layer.trainable_variables]
+    with tf.GradientTape() as tape:
+        tape.watch([x, *states])
+        outputs = layer(x, mask=mask, initial_state=states, training=training)
+        loss = sum(tf.reduce_sum(tf.sin(o) * (i + 1.3)) for i, o in enumerate(outputs))
+    gradients = tape.gradient(
+        loss, [x, *states, *weights], unconnected_gradients="zero"
+    )
+    norm = layer.input_norm
+    return [
+        *outputs,
+        *gradients,
+        *[w.value for w in (norm.moving_mean, norm.moving_variance, norm.update_count)],
+    ]
+
+
+@EACH
+@pytest.mark.parametrize("masked", BOOLEANS)
+@pytest.mark.parametrize("backwards", BOOLEANS)
+@pytest.mark.parametrize("training", BOOLEANS)
+@pytest.mark.parametrize("sequences", BOOLEANS)
+def test_fused_and_loop_agree(
+    kind, masked, backwards, training, sequences, rng, gpu, handed_over
+):
+    """1e-11 in float64: outputs, gradients and the statistics learnt."""
+    fused, loop = pair(
+        kind,
+        rng,
+        use_cudnn=True if masked else "auto",
+        return_sequences=sequences,
+        return_state=True,
+        go_backwards=backwards,
+    )
+    x = tf.constant(rng.normal(size=(B, T, D)))
+    count = 2 if kind == "lstm" else 1
+    states = [tf.constant(rng.normal(size=(B, U))) for _ in range(count)]
+    mask = tf.constant(right_padded(rng)) if masked else None
+
+    @tf.function(autograph=False)
+    def of_fused(x, mask, *states):
+        return outputs_and_gradients(fused, x, mask, list(states), training)
+
+    ours = of_fused(x, mask, *states)
+    assert len(handed_over) == 1
+    theirs = outputs_and_gradients(loop, x, mask, states, training)
+    assert len(handed_over) == 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert gap(a, b) <= 1e-11
+
+
+@EACH
+def test_the_weights_handed_over(kind, rng, gpu, handed_over):
+    """Folded by the batch's moments in training, by the population's otherwise."""
+    layer, _ = pair(kind, rng)
+    norm, cell = layer.input_norm, layer.cell
+    x = rng.normal(size=(B, T, D))
+    kernel = np.asarray(cell.kernel)
+    gamma, beta = np.asarray(norm.gamma), np.asarray(norm.beta)
+    mean, variance = np.asarray(norm.moving_mean), np.asarray(norm.moving_variance)
+
+    layer(x)
+    sequences, _, _, weights, _ = handed_over.pop()
+    scale = gamma / np.sqrt(variance + norm.epsilon)
+    assert gap(sequences, x) == 0
+    assert gap(weights.kernel, kernel * scale) <= 1e-12
+    assert gap(weights.bias, beta - mean * scale) <= 1e-12
+
+    layer(x, training=True)
+    sequences, _, _, weights, _ = handed_over.pop()
+    projected = x.reshape(-1, D) @ kernel
+    scale = gamma / np.sqrt(projected.var(0) + norm.epsilon)
+    # The frames are centred first: the bias is beta alone.
+    assert gap(sequences, x - x.mean((0, 1))) <= 1e-12
+    assert gap(weights.kernel, kernel * scale) <= 1e-12
+    assert gap(weights.bias, beta) == 0
+    assert gap(weights.recurrent_kernel, cell.recurrent_kernel) == 0
+    if kind == "gru":
+        assert gap(weights.recurrent_bias, cell.recurrent_bias) == 0
+
+
+@EACH
+def test_joint_is_fused_at_inference_only(kind, rng, gpu, handed_over):
+    fused, loop = pair(kind, rng, normalize="joint")
+    x = rng.normal(size=(B, T, D))
+    assert gap(fused(x), loop(x)) <= 1e-11
+    assert len(handed_over) == 1
+    fused(x, training=True)
+    assert len(handed_over) == 1
+
+
+REFUSALS = [
+    ("lstm", {"peephole": True}, False, "peepholes"),
+    ("lstm", {"activation": "relu"}, False, "activations"),
+    ("gru", {"recurrent_activation": "hard_sigmoid"}, False, "activations"),
+    ("gru", {"reset_after": False}, False, "activations"),
+    ("lstm", {"unroll": True}, False, "unroll"),
+    ("lstm", {"statistics": "frame"}, True, "frame-wise"),
+    ("lstm", {"normalize": "joint"}, True, "joint"),
+    ("gru", {"recurrent_dropout": 0.2}, True, "recurrent dropout"),
+]
+
+
+@pytest.mark.parametrize("kind, arguments, training, reason", REFUSALS, ids=str)
+def test_what_is_not_fused(kind, arguments, training, reason, rng, gpu, handed_over):
+    x = rng.normal(size=(B, T, D)).astype("float32")
+    KINDS[kind][0](U, **arguments)(x, training=training)
+    assert not handed_over
+    layer = KINDS[kind][0](U, use_cudnn=True, name="mine", **arguments)
+    with pytest.raises(ValueError, match=f"use_cudnn=True.*{reason}.*'mine'"):
+        layer(x, training=training)
+
+
+@EACH
+def test_no_gpu(kind, rng, handed_over):
+    x = rng.normal(size=(B, T, D)).astype("float32")
+    layer = KINDS[kind][0](U)
+    assert layer.supports_jit
+    layer(x)
+    assert not handed_over
+    with pytest.raises(ValueError, match=r"use_cudnn=True.*there is no GPU"):
+        KINDS[kind][0](U, use_cudnn=True)(x)
+
+
+@EACH
+def test_the_stock_layer_leaves_no_trace(kind, rng, gpu, tmp_path):
+    fused, loop = pair(kind, rng)
+    assert not fused.supports_jit and loop.supports_jit
+    assert [w.path.split("/")[-1] for w in fused.weights] == [
+        w.path.split("/")[-1] for w in loop.weights
+    ]
+    model = keras.Sequential([keras.Input((None, D)), KINDS[kind][0](U)])
+    x = rng.normal(size=(B, T, D)).astype("float32")
+    model.compile("sgd", "mse")
+    model.fit(x, np.zeros((B, U)), verbose=0)
+    assert model.count_params() == sum(np.prod(w.shape) for w in model.weights)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    assert gap(keras.saving.load_model(path)(x), model(x)) == 0
+    assert gap(keras.models.clone_model(model)(x).shape, (B, U)) == 0
+
+
+@EACH
+def test_a_mask_of_any_pattern_runs_in_the_loop(kind, rng, gpu, handed_over):
+    fused, loop = pair(kind, rng)
+    x, mask = rng.normal(size=(B, T, D)), random_mask(rng, B, T)
+    for training in BOOLEANS:
+        a, b = (layer(x, mask=mask, training=training) for layer in (fused, loop))
+        assert gap(a, b) == 0
+    assert not handed_over
