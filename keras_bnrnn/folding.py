@@ -1,5 +1,6 @@
 """`fold`: a model of stock Keras layers that does what a normalised one does."""
 
+import contextlib
 import typing
 import warnings
 
@@ -18,6 +19,7 @@ from keras_bnrnn.layers.base import BNRNN, BNCell
 from keras_bnrnn.layers.fused import stock_weights
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
 from keras_bnrnn.traversal import (
+    clone_graph,
     copy_of,
     has_graph,
     require_built_graph,
@@ -59,9 +61,11 @@ def fold(model, return_report=False):
         return_report: Whether to return the list of `FoldedLayer` as well.
 
     Returns:
-        The folded model, its layers named as those of `model`; with `return_report`,
-        `(folded, report)`. A layer that cannot fold (one with peepholes, or inside a
-        layer of one's own) is kept, frozen, and a warning names it.
+        The folded model, its layers named as those of `model`, compiled as `model` is
+        if all that it is compiled with is Keras' or registered with Keras; with
+        `return_report`, `(folded, report)`. A layer that cannot fold (one with
+        peepholes, or inside a layer of one's own) is kept, frozen, and a warning names
+        it.
 
     Raises:
         ValueError: If `model` is subclassed or not built.
@@ -78,6 +82,10 @@ def fold(model, return_report=False):
     if not folded.built:
         folded.build([x.shape for x in model.inputs])
     _copy_weights(model, folded)
+    if model.compiled:
+        # A loss or metric that is not registered with Keras has no configuration.
+        with contextlib.suppress(TypeError, ValueError):
+            folded.compile_from_config(model.get_compile_config())
     kept = [entry for entry in report if entry.kept_because is not None]
     if kept:
         warnings.warn(
@@ -134,11 +142,10 @@ def _folded_graph(model, report):
         inputs = keras.tree.map_structure(
             lambda x: _copy_of_input(layers[id(x)]), model.input
         )
-    return keras.models.clone_model(
+    return clone_graph(
         model,
         input_tensors=inputs,
         clone_function=lambda layer: _folded(layer, report),
-        recursive=True,
     )
 
 

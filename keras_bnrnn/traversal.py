@@ -43,6 +43,23 @@ def copy_of(layer):
     return type(layer).from_config(layer.get_config())
 
 
+def clone_graph(model, **options):
+    """`keras.models.clone_model`, whatever the model is compiled with.
+
+    Keras would compile the copy by configurations, and fails where a loss or metric is
+    a function that is not registered with it.
+    """
+    models = [layer for layer in sublayers(model) if isinstance(layer, keras.Model)]
+    compiled = [part for part in models if part.compiled]
+    try:
+        for part in compiled:
+            part.compiled = False
+        return keras.models.clone_model(model, recursive=True, **options)
+    finally:
+        for part in compiled:
+            part.compiled = True
+
+
 def numbered(names):
     """The names, with `_1`, `_2`, ... after those that came before."""
     unique = []

@@ -380,6 +380,27 @@ def test_folding_twice_and_after_training(rng):
     assert gap(model(x), folded(x)) > 1e-5
 
 
+@pytest.mark.parametrize("functional", [False, True])
+def test_whatever_the_model_is_compiled_with(functional, rng):
+    def gap_squared(y, outputs):
+        return keras.ops.mean((y - outputs) ** 2, axis=-1)
+
+    x = frames(rng)
+    inner = keras.Sequential([keras.Input((None, D)), ours("lstm")], name="inner")
+    inner.compile("adam", gap_squared)
+    model = keras.Sequential([keras.Input((None, D)), inner, layers.Dense(1)])
+    if functional:
+        model = keras.Model(model.inputs[0], model.outputs[0])
+    model.compile("adam", gap_squared)
+    folded = check_fold(model, x, randomized_by=rng)
+    assert model.compiled and inner.compiled and not folded.compiled
+    model.compile("adam", "mse")
+    # Means of float32 squares: 1e-5.
+    assert fold(model).evaluate(x, x[..., :1], verbose=0) == pytest.approx(
+        model.evaluate(x, x[..., :1], verbose=0), rel=1e-5
+    )
+
+
 def test_frozen_layers(rng):
     model = keras.Sequential(
         [keras.Input((None, D)), ours("gru", trainable=False), ours("lstm")]

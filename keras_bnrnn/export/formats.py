@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_bnrnn.export.checks import ExportMismatchError, shortest_timesteps
 from keras_bnrnn.export.served_model import ServedModel, structure_of
 from keras_bnrnn.folding import fold
-from keras_bnrnn.traversal import copy_of, require_built_graph, sublayers
+from keras_bnrnn.traversal import clone_graph, copy_of, require_built_graph, sublayers
 
 
 def export_litert(
@@ -284,9 +284,7 @@ class _Exported:
         def prepared(layer):
             return _prepared(layer, fused_lstm)
 
-        model = keras.models.clone_model(
-            folded, clone_function=prepared, recursive=True
-        )
+        model = clone_graph(folded, clone_function=prepared)
         model.set_weights(folded.get_weights())
         self.specs = {
             name: tf.TensorSpec([batch_size, *x.shape[1:]], x.dtype, name=name)

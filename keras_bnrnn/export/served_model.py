@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bnrnn.export.loops import has_served_loop, joins_kernels, served_loop
-from keras_bnrnn.traversal import copy_of, numbered, sublayers
+from keras_bnrnn.traversal import clone_graph, copy_of, numbered, sublayers
 
 LENGTHS = "lengths"
 TIME = "t"
@@ -73,9 +73,7 @@ class ServedModel:
         self._recurrent = []  # the recurrent layers, in the order in which they run
         self._joined = {}  # id of an LSTM layer -> both its kernels
         self._halves = {}  # id of a weight -> the weight, and the same in float16
-        self.model = model = keras.models.clone_model(
-            folded, clone_function=self._served, recursive=True
-        )
+        self.model = model = clone_graph(folded, clone_function=self._served)
         for layer in sublayers(model):
             if joins_kernels(layer) and layer.built:
                 self._joined[id(layer)] = tf.Variable(
