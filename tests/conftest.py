@@ -7,6 +7,14 @@ import numpy as np
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--data-dir",
+        help="folder with Penn Treebank in ptb/ and the Free Spoken Digit Dataset in "
+        "fsdd/: tests of the published data run too",
+    )
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     keras.utils.set_random_seed(20151005)

@@ -1,6 +1,6 @@
 """The language model of the examples, at the size of a trial, and its loaders."""
 
-import importlib.util
+import importlib
 import json
 import pathlib
 import re
@@ -15,11 +15,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def example():
-    path = ROOT / "examples" / "language_model.py"
-    spec = importlib.util.spec_from_file_location("language_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        yield importlib.import_module("language_model")
 
 
 @pytest.fixture
@@ -41,15 +39,34 @@ def treebank(tmp_path, rng):
     return folder
 
 
-def test_it_runs_from_text_to_served_text(example, treebank, tmp_path, capsys):
+def test_it_runs_from_text_to_served_text(
+    example, treebank, tmp_path, monkeypatch, capsys
+):
+    requests, post = [], httpx.post
+
+    def listen(url, json, **kwargs):
+        requests.append((url, json))
+        return post(url, json=json, **kwargs)
+
+    monkeypatch.setattr(example.httpx, "post", listen)
     output = tmp_path / "out"
     code = example.main(
-        ["--smoke", "--data-dir", str(treebank), "--output-dir", str(output)]
+        [
+            *("--smoke", "--data-dir", str(treebank), "--output-dir", str(output)),
+            *("--sentence", 'w1 "w2" w3 w4 w5'),
+        ]
     )
     printed = capsys.readouterr().out
     assert code == 0
+    (text_url, text), (_, generate) = requests
+    assert text_url.startswith("http://127.0.0.1:")
+    assert text_url.endswith("/v1/models/language_model:predict")
+    assert text["instances"] == [{"text": 'w1 "w2" w3 w4 w5'}]
+    assert generate["signature_name"] == "generate"
+    shown = [line for line in printed.splitlines() if line.startswith("curl -d '")]
+    assert json.loads(shown[0].split("'")[1]) == text
     assert "BNLSTM train" in printed and "epoch 1" in printed
-    assert "Perplexity with them, test:" in printed
+    assert printed.count("Perplexity of the test text:") == 2
     assert printed.count("log-probability") >= 5
     assert (output / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     loaded = tf.saved_model.load(output / "language_model" / "1")
@@ -116,29 +133,123 @@ def test_it_runs_from_text_to_served_text(example, treebank, tmp_path, capsys):
     assert one == two != other
 
 
-def test_text_travels_over_http(example, treebank, tmp_path, monkeypatch, capsys):
-    requests = []
-    post = httpx.post
-
-    def listen(url, json, **kwargs):
-        requests.append((url, json))
-        return post(url, json=json, **kwargs)
-
-    monkeypatch.setattr(example.httpx, "post", listen)
-    example.main(
-        [
-            *("--smoke", "--data-dir", str(treebank)),
-            *("--output-dir", str(tmp_path / "out"), "--sentence", 'w1 "w2" w3'),
+def test_sizes_are_those_of_zaremba_et_al(example):
+    # Units, timesteps, epochs, initial weights, dropout, epochs at the first learning
+    # rate, decay, bound of the gradient's norm: arXiv 1409.2329, section 4.1.
+    expected = {
+        "small": (200, 20, 13, 0.1, 0.0, 4, 1 / 2, 5),
+        "medium": (650, 35, 39, 0.05, 0.5, 6, 1 / 1.2, 5),
+        "large": (1500, 35, 55, 0.04, 0.65, 14, 1 / 1.15, 10),
+    }
+    for name, values in expected.items():
+        size = example.SIZES[name]
+        assert values == (
+            *(size.units, size.timesteps, size.epochs, size.initial, size.dropout),
+            *(size.constant_epochs, size.decay, size.clip_norm),
+        )
+        arguments = example.parse_arguments(["--size", name])
+        assert (arguments.batch_size, arguments.learning_rate) == (20, 1.0)
+        assert (arguments.units, arguments.dropout) == (size.units, size.dropout)
+    arguments = example.parse_arguments(["--size", "medium", "--dropout", "0.2"])
+    arguments.units = 6
+    for normalize, layer in (("none", "LSTM"), ("input", "BNLSTM")):
+        model = example.build_model(50, normalize, arguments)
+        assert [type(layer).__name__ for layer in model.layers] == [
+            *("Embedding", "Dropout", layer, "Dropout", layer, "Dropout", "Dense")
         ]
+        kernels = [w for w in model.weights if "kernel" in w.path] + [model.weights[0]]
+        assert len(kernels) == 6
+        for kernel in kernels:
+            assert 0.03 < np.abs(kernel.numpy()).max() <= 0.05
+
+
+def test_a_small_model_is_trained_by_the_schedule(example, treebank, tmp_path):
+    output = tmp_path / "out"
+    options = ["--smoke", "--size", "small", "--epochs", "6", "--normalize", "none"]
+    options += ["--data-dir", str(treebank), "--output-dir", str(output)]
+    assert example.main([*options, "--timesteps", "10", "--no-export"]) == 0
+    rows = [
+        json.loads(line)
+        for line in (output / "none" / "log.jsonl").read_text().splitlines()
+    ]
+    rates = [row["learning_rate"] for row in rows]
+    assert rates == [1, 1, 1, 1, 0.5, 0.25]
+    for row in rows:
+        for prefix in ("", "val_"):
+            # The loss is a sum over ten words.
+            assert row[f"{prefix}perplexity"] == pytest.approx(
+                np.exp(row[f"{prefix}loss"] / 10), rel=1e-6
+            )
+    assert not (output / "language_model").exists()
+
+    # The perplexity is that of the whole text, read from its start in one go.
+    arguments = example.parse_arguments([*options, "--timesteps", "10"])
+    texts = {k: v[:150] for k, v in example.penn_treebank(treebank).items()}
+    vocabulary = example.Vocabulary.of(
+        texts["train"], example.split_at_spaces, 1, 10_000, tmp_path
     )
-    (text_url, text), (_, generate) = requests
-    assert text_url.startswith("http://127.0.0.1:")
-    assert text_url.endswith("/v1/models/language_model:predict")
-    assert text["instances"] == [{"text": 'w1 "w2" w3'}]
-    assert generate["signature_name"] == "generate"
-    printed = capsys.readouterr().out
-    shown = [line for line in printed.splitlines() if line.startswith("curl -d '")]
-    assert json.loads(shown[0].split("'")[1]) == text
+    model = example.build_model(vocabulary.size, "none", arguments, stateful=False)
+    with_states = example.build_model(vocabulary.size, "none", arguments)
+    with_states.load_weights(output / "none" / "model.weights.h5")
+    example.copy_weights(with_states, model)
+    ids = vocabulary.encode(texts["test"])
+    count = (len(ids) - 1) // 80
+    x = ids[: 80 * count].reshape(8, 10 * count)
+    y = ids[1 : 80 * count + 1].reshape(8, 10 * count)
+    logits = model.predict(x, verbose=0).astype("float64")
+    logits -= logits.max(-1, keepdims=True)
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    surprise = -np.take_along_axis(log_probabilities, y[..., None], -1).mean()
+    results = json.loads((output / "results.json").read_text())
+    # float32 means of some hundred words: 1e-5.
+    assert results["none"]["test"] == pytest.approx(np.exp(surprise), rel=1e-5)
+
+
+def test_the_loss_is_a_sum_over_time_and_a_mean_over_rows(example, rng):
+    ids = rng.integers(0, 7, (3, 5))
+    logits = rng.normal(size=(3, 5, 7))
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_probabilities, ids[..., None], -1).sum() / 3
+    arguments = example.parse_arguments(["--size", "small", "--batch-size", "3"])
+    arguments.units = 4
+    model = example.build_model(7, "none", arguments)
+    loss = model.compute_loss(y=ids, y_pred=logits.astype("float32"))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_treebank_is_downloaded_once(example, treebank, monkeypatch):
+    asked = []
+
+    def get_file(name, origin, cache_subdir):
+        asked.append((origin, cache_subdir))
+        return str(treebank / name)
+
+    monkeypatch.setattr(example.keras.utils, "get_file", get_file)
+    assert example.download_penn_treebank() == treebank
+    assert len({folder for _, folder in asked}) == 1
+    assert [origin.rsplit("/", 1)[1] for origin, _ in asked] == [
+        f"ptb.{part}.txt" for part in ("train", "valid", "test")
+    ]
+
+    def fail(*args, **kwargs):
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr(example.keras.utils, "get_file", fail)
+    with pytest.raises(SystemExit, match=r"URL fetch failure.*wojz.*--data-dir"):
+        example.download_penn_treebank()
+
+
+def test_the_published_treebank_has_its_counts(example, request, tmp_path):
+    folder = request.config.getoption("--data-dir")
+    if not folder:
+        pytest.skip("needs Penn Treebank: --data-dir FOLDER, which holds ptb/")
+    texts = example.penn_treebank(pathlib.Path(folder) / "ptb")
+    vocabulary = example.Vocabulary.of(
+        texts["train"], example.split_at_spaces, 1, 10_000, tmp_path
+    )
+    counts = {part: len(vocabulary.encode(text)) for part, text in texts.items()}
+    assert counts == {"train": 929_589, "valid": 73_760, "test": 82_430}
+    assert vocabulary.size == 10_000
 
 
 def test_windows_keep_the_order_of_the_text(example):
