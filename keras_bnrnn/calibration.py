@@ -387,6 +387,27 @@ def _in_order_of_calls(model, targets, x):
     return groups
 
 
+def _as_free_as_inputs(model, x):
+    """Specs of a batch, its sizes left open where the model's inputs leave them open.
+
+    Inputs of the same rank go together: how `x` is matched with them is the model's.
+    """
+    free = {}
+    for tensor in getattr(model, "inputs", None) or ():
+        rank = len(tensor.shape)
+        open_ = {i for i, size in enumerate(tensor.shape) if size is None}
+        free[rank] = free.get(rank, open_) & open_
+
+    def spec(value):
+        if not isinstance(value, tf.Tensor):
+            return tf.type_spec_from_value(value)
+        shape = enumerate(value.shape)
+        open_ = free.get(value.shape.rank, ())
+        return tf.TensorSpec([None if i in open_ else n for i, n in shape], value.dtype)
+
+    return keras.tree.map_structure(spec, x)
+
+
 def _recalibrate_group(model, group, batches, label, verbose):
     names = ", ".join(target.name for target in group)
     sums = {id(target): _RunningMoments(target.norm) for target in group}
@@ -407,6 +428,9 @@ def _recalibrate_group(model, group, batches, label, verbose):
         bar = keras.utils.Progbar(batches.count, verbose=verbose, unit_name="batch")
         with _listening(group, heard):
             for number, x in enumerate(batches, start=1):
+                if number == 1:
+                    # One graph for batches of all sizes and lengths that fit it.
+                    run.get_concrete_function(_as_free_as_inputs(model, x))
                 run(x)
                 bar.update(number, finalize=False)
         bar.update(batches.count, finalize=True)

@@ -645,3 +645,33 @@ def test_layers_of_one_name_are_numbered(rng):
     model = keras.Sequential([keras.Input((None, 3)), part(), part()])
     moved = recalibrate(model, rng.normal(size=(8, 5, 3)), verbose=0)
     assert list(moved) == ["rnn", "rnn_1"]
+
+
+def test_one_graph_for_each_group_however_long_the_batches_are(rng):
+    traces = []
+
+    class Spy(layers.Layer):
+        def call(self, x):
+            traces.append(x.shape)
+            return x
+
+    model = keras.Sequential(
+        [keras.Input((None, D)), Spy(), ours("lstm"), ours("gru"), ours("simple_rnn")]
+    )
+    randomized(model, rng)
+    batches = [
+        rng.normal(size=(rows, length, D)).astype("float32")
+        for rows, length in [(4, 5), (4, 9), (3, 5), (2, 7), (4, 6)]
+    ]
+    traces.clear()
+    recalibrate(model, batches, verbose=0)
+    # Eagerly to see the order of the layers, then once for each of the three.
+    assert len(traces) == 4
+    assert all(shape == (None, None, D) for shape in traces[1:])
+    together = np.concatenate([batch.reshape(-1, D) for batch in batches])
+    layer = model.layers[1]
+    x = together.astype("float64") @ layer.cell.kernel.numpy().astype("float64")
+    # float64 sums of float32 products: 1e-6.
+    np.testing.assert_allclose(
+        layer.cell.input_norm.moving_mean, x.mean(0), rtol=1e-5, atol=1e-6
+    )
