@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench venv clean
+.PHONY: demo test test-all lint bench experiments figures notebooks venv clean
 
 # The language model of examples/ on the Python language reference: trains,
 # recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python examples/language_model.py --output-dir runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=12
 
 # Every test: half an hour and more.
 test-all: lint
@@ -26,6 +26,19 @@ lint: $(READY)
 # charts in benchmarks/. torch.nn.LSTM is measured where torch is installed.
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# The runs behind docs/experiments.md: some six hours on two cores, each made once;
+# interrupted ones go on. DATA_DIR: a folder with ptb/ and fsdd/, else downloaded.
+experiments: $(READY)
+	$(BIN)/python examples/experiments.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(RUNS)
+
+# Figures and page from the logs in docs/experiments/.
+figures: $(READY)
+	$(BIN)/python examples/figures.py
+
+# Runs the notebooks of examples/ and writes their outputs into them.
+notebooks: $(READY)
+	$(BIN)/python examples/notebooks.py
 
 venv: $(READY)
 

@@ -1,3 +1,4 @@
+import collections
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -39,24 +40,35 @@ def float64():
 # Files of many alike tests that take minutes together. `make test` runs every n-th of
 # each, from the first; `make test-all` runs all.
 SAMPLED = {
-    "test_client.py": 3,
-    "test_deployment.py": 2,
-    "test_export_checks.py": 3,
-    "test_export_streaming.py": 4,
-    "test_export_text.py": 10,
-    "test_formats.py": 10,
-    "test_gradients.py": 4,
-    "test_serving_grpc.py": 2,
-    "test_serving_versions.py": 2,
+    "test_client.py": 4,
+    "test_deployment.py": 3,
+    "test_export_checks.py": 4,
+    "test_export_streaming.py": 6,
+    "test_export_text.py": 16,
+    "test_formats.py": 12,
+    "test_gradients.py": 7,
+    "test_serving_grpc.py": 3,
+    "test_serving_versions.py": 3,
+}
+# Files of which it runs every test, but of its variants every n-th.
+VARIANTS = {
+    "test_calibration.py": 2,
+    "test_export.py": 3,
+    "test_folding.py": 4,
+    "test_fused.py": 4,
+    "test_layers_keras.py": 5,
+    "test_layers_math.py": 5,
+    "test_serving.py": 3,
+    "test_speech_frames.py": 3,
 }
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    seen = dict.fromkeys(SAMPLED, 0)
+    seen = collections.Counter()
     for item in items:
         name = item.path.name
-        if name in SAMPLED:
-            if seen[name] % SAMPLED[name]:
-                item.add_marker(pytest.mark.slow)
-            seen[name] += 1
+        alike = (name, item.originalname) if name in VARIANTS else name
+        if seen[alike] % (SAMPLED | VARIANTS).get(name, 1):
+            item.add_marker(pytest.mark.slow)
+        seen[alike] += 1
