@@ -27,7 +27,6 @@ import training
 HERE = pathlib.Path(__file__).parent
 LOGS = HERE.parent / "docs" / "experiments"
 PACKAGES = ("tensorflow", "keras", "keras-bnrnn")
-POLL_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,6 @@ class Run:
         script: Of examples/.
         arguments: On its command line, less --output-dir and --data-dir.
         data: The folder in --data-dir that it reads; None: it needs none.
-        hours: After which it is stopped, as far as it got; None: at its end.
     """
 
     name: str
@@ -48,7 +46,6 @@ class Run:
     script: str
     arguments: tuple
     data: str | None = None
-    hours: float | None = None
 
     @property
     def command(self):
@@ -66,14 +63,13 @@ def runs():
 
 
 def language_models():
-    def model(size, normalize, *more, group="figure2", suffix="", hours=None):
+    def model(size, normalize, *more, group="figure2", suffix=""):
         return Run(
             f"language_model-{size}-{normalize}{suffix}",
             group,
             "language_model",
             ("--size", size, "--normalize", normalize, "--no-export", *more),
             data="ptb",
-            hours=hours,
         )
 
     yield from (model("small", normalize) for normalize in ("none", "input"))
@@ -85,7 +81,7 @@ def language_models():
     )
     for size in ("medium", "large"):
         for normalize in ("none", "input"):
-            yield model(size, normalize, hours=1.0)
+            yield model(size, normalize, "--hours", "1")
 
 
 SPEECH = ("--passes", "1", "--layers", "5", "--units", "32")
@@ -238,10 +234,10 @@ def make(run, cores, arguments):
             )
             # At once, before TensorFlow counts the cores and starts its threads.
             os.sched_setaffinity(process.pid, {core})
-            stopped = wait(process, run.hours)
-        if process.returncode and not stopped:
+            process.wait()
+        if process.returncode:
             return f"failed with {process.returncode}; see {output / 'output.txt'}"
-        publish(run, output, stopped, arguments.log_dir)
+        publish(run, output, arguments.log_dir)
         print(f"{run.name} ended", flush=True)
         return None
     finally:
@@ -258,33 +254,19 @@ def environment():
     }
 
 
-def wait(process, hours):
-    """Until it ends or its hours are over; whether it was stopped."""
-    until = float("inf") if hours is None else time.monotonic() + 3600 * hours
-    while process.poll() is None:
-        if time.monotonic() > until:
-            process.kill()
-            process.wait()
-            return True
-        time.sleep(POLL_S)
-    return False
-
-
-def publish(run, output, stopped, folder=LOGS):
+def publish(run, output, folder=LOGS):
     """One file of what a run was, where it was made, and what came."""
     (log,) = output.rglob("log.jsonl")
     rows = training.read_log(log)
-    results = output / "results.json"
     record = {
         "name": run.name,
         "command": run.command,
-        "stopped_after_hours": run.hours if stopped else None,
         "machine": machine(),
         "configuration": json.loads((log.parent / "configuration.json").read_text()),
         "epochs": [
             {name: rounded(value) for name, value in row.items()} for row in rows
         ],
-        "results": None if stopped else results_of(results),
+        "results": results_of(output / "results.json"),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run.name}.json"
@@ -293,6 +275,8 @@ def publish(run, output, stopped, folder=LOGS):
 
 
 def rounded(value):
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 

@@ -6,12 +6,14 @@ the page.
 
 import argparse
 import json
+import math
 import pathlib
 import statistics
 import sys
 
 import experiments
 import matplotlib
+import training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -56,6 +58,38 @@ class Log:
         """Of training, up to the end of an epoch."""
         return sum(row["cpu_seconds"] for row in self.rows if row["epoch"] <= epoch)
 
+    @property
+    def stopped(self):
+        """Whether its hours were over before its epochs."""
+        return "part" in self.rows[-1]
+
+    @property
+    def ends(self):
+        """Epochs from the start to the end of each row: the last may be cut short."""
+        return [row["epoch"] - 1 + row.get("part", 1) for row in self.rows]
+
+    def within(self, timesteps):
+        """How training went between the ends of epochs, of a run that had hours.
+
+        Returns:
+            List of `(updates, cpu_seconds, perplexity)`, one for each mean over
+            `training.BATCHES_A_MEAN` updates, all counted from the start.
+        """
+        points, updates, seconds = [], 0, 0.0
+        for row in self.rows:
+            there = row["iterations"] - updates
+            for number, loss in enumerate(row["losses"], 1):
+                batches = number * training.BATCHES_A_MEAN
+                points.append(
+                    (
+                        updates + batches,
+                        seconds + row["cpu_seconds"] * batches / there,
+                        math.exp(loss / timesteps),
+                    )
+                )
+            updates, seconds = row["iterations"], seconds + row["cpu_seconds"]
+        return points
+
 
 def read_logs(folder):
     """Dict from name to `Log` of what is published of today's list of runs."""
@@ -97,7 +131,7 @@ def main(argv=None):
 
 def curves(axes, log, metric, label, color, **style):
     """Training whole, validation dashed."""
-    epochs = log["epoch"]
+    epochs = log.ends
     axes.plot(epochs, log[metric], color=color, label=f"{label}, training", **style)
     axes.plot(
         *(epochs, log[f"val_{metric}"], "--"),
@@ -142,14 +176,48 @@ def figure2(logs):
         layout="constrained",
     )
     for axes, size in zip(panels[0], sizes, strict=True):
+        stopped = limited(logs, size)
         for normalize in ("none", "input"):
             log = logs[f"language_model-{size}-{normalize}"]
-            curves(axes, log, "perplexity", LABELS[normalize], COLORS[normalize])
+            label, color = LABELS[normalize], COLORS[normalize]
+            if stopped:
+                by_minutes(axes, log, label, color)
+            else:
+                curves(axes, log, "perplexity", label, color)
         perplexities(axes)
-        axes.set(xlabel="epoch", title=size)
+        axes.set(xlabel="minutes of one core" if stopped else "epoch", title=size)
     panels[0][0].set_ylabel("perplexity per word")
     panels[0][0].legend()
     return figure
+
+
+def by_minutes(axes, log, label, color):
+    """Training as it went, validation where an epoch ended or was cut short."""
+    points = [(seconds / 60, value) for _, seconds, value in smoothed(log)]
+    axes.plot(*zip(*points, strict=True), color=color, label=f"{label}, training")
+    minutes = [log.cpu_seconds(row["epoch"]) / 60 for row in log.rows]
+    axes.plot(
+        *(minutes, log["val_perplexity"], "o--"),
+        **{"color": color, "label": f"{label}, validation"},
+    )
+    axes.grid(alpha=0.3)
+
+
+def limited(logs, size):
+    """Whether a run of a language model's size was stopped after its hours."""
+    names = (f"language_model-{size}-{n}" for n in ("none", "input"))
+    return any(logs[name].stopped for name in names if name in logs)
+
+
+WINDOW = 4  # means; as many as make a noisy curve of text readable
+
+
+def smoothed(log):
+    """`within`, each perplexity that of the last `WINDOW` means together."""
+    points = log.within(log.record["configuration"]["timesteps"])
+    for last in range(WINDOW, len(points) + 1):
+        logarithms = [math.log(value) for *_, value in points[last - WINDOW : last]]
+        yield (*points[last - 1][:2], math.exp(statistics.mean(logarithms)))
 
 
 def figure3(logs):
@@ -309,6 +377,7 @@ def catching_up(logs):
                 "perplexity",
             )
             for size in SIZES
+            if not limited(logs, size)
         },
     }
     rows, ratios = [], {}
@@ -362,25 +431,83 @@ command. Figures of the paper are quoted as recalled: they were not checked agai
 publication."""
 
 
+def at_equal_updates(logs):
+    """How far training was where the slower of two runs that had hours was stopped.
+
+    Returns:
+        Dict from size to the number of updates and, by normalisation, the training
+        perplexity over the last ones up to there, and the seconds until then.
+    """
+    found = {}
+    for size in SIZES:
+        names = {n: f"language_model-{size}-{n}" for n in ("none", "input")}
+        if not limited(logs, size) or not all(n in logs for n in names.values()):
+            continue
+        curves = {
+            normalize: {
+                updates: (value, seconds)
+                for updates, seconds, value in smoothed(logs[name])
+            }
+            for normalize, name in names.items()
+        }
+        last = max(set(curves["none"]) & set(curves["input"]))
+        found[size] = last, {n: curve[last] for n, curve in curves.items()}
+    return found
+
+
+def section_limited(logs):
+    rows = []
+    for size, (updates, ends) in at_equal_updates(logs).items():
+        for normalize, (value, seconds) in ends.items():
+            log = logs[f"language_model-{size}-{normalize}"]
+            rows.append(
+                [
+                    *(size, LABELS[normalize], f"{log.ends[-1]:.2f}"),
+                    f"{log['val_perplexity'][-1]:.1f}",
+                    f"{log.results[normalize]['test']:.1f}",
+                    *(f"{updates:,}", f"{value:.1f}", f"{seconds / 60:.0f}"),
+                ]
+            )
+    if not rows:
+        return None
+    return (
+        "Medium and large have had **an hour of training each on one core, of the days "
+        "that they need**: these are their first steps, and no figures to hold beside "
+        "the paper's. Validation and test perplexity are those at the end of the hour. "
+        "To compare at equal updates: the training perplexity over the last "
+        f"{WINDOW * training.BATCHES_A_MEAN} before the update at which the slower of "
+        "the two was stopped, on the same text, and how long it took to get there.\n\n"
+        + table(
+            [
+                *("size", "layer", "epochs in the hour", "validation", "test"),
+                *("at update", "training there", "minutes until there"),
+            ],
+            rows,
+        )
+    )
+
+
 def section_language(logs):
     rows = []
     for size in SIZES:
+        if limited(logs, size):
+            continue
         for number, normalize in enumerate(("none", "input")):
             log = logs.get(f"language_model-{size}-{normalize}")
             if log is None:
                 continue
             recalled = RECALLED_PERPLEXITIES[size][number]
-            test = log.results and log.results[normalize]["test"]
             rows.append(
                 [
-                    *(size, LABELS[normalize], epochs_of(log)),
+                    *(size, LABELS[normalize], len(log.rows)),
                     f"{log.best('perplexity'):.1f} / {log.best('val_perplexity'):.1f}",
-                    f"{test:.1f}" if test else "-",
+                    f"{log.results[normalize]['test']:.1f}",
                     "{:.1f} / {:.1f}".format(*recalled),
                 ]
             )
     if not rows:
         return None
+    limited_ones = section_limited(logs)
     return (
         "## Figure 2: language models on Penn Treebank\n\n"
         "![Perplexity by epoch](figures/figure2_language_model.png)\n\n"
@@ -396,12 +523,8 @@ def section_language(logs):
             ],
             rows,
         )
+        + (f"\n\n{limited_ones}" if limited_ones else "")
     )
-
-
-def epochs_of(log):
-    hours = log.record["stopped_after_hours"]
-    return f"{len(log.rows)}" + (f" (stopped after {hours:g} h)" if hours else "")
 
 
 METRICS = ("frame_cross_entropy", "frame_error_rate")
@@ -596,11 +719,20 @@ def verdicts(logs):
                 max(times) < 1,
                 f"the baseline's best after {spread(times, '{:.2f}')} of its time",
             )
+    for size, (updates, ends) in at_equal_updates(logs).items():
+        (none, none_s), (bn, bn_s) = ends["none"], ends["input"]
+        say(
+            f"faster in training: language model, {size}, in the first hour",
+            bn < none,
+            f"training {bn:.4g} with it, {none:.4g} without, after {updates:,} updates "
+            f"each; they took {bn_s / none_s:.2f} of the time",
+        )
     validations = {
         "speech": ("speech-{}-1", "val_frame_cross_entropy"),
         **{
             f"language model, {size}": (f"language_model-{size}-{{}}", "val_perplexity")
             for size in SIZES
+            if not limited(logs, size)
         },
     }
     for task, (name, metric) in validations.items():
@@ -651,12 +783,6 @@ def section_conditions(logs):
         for machine in (log.record["machine"] for log in logs.values())
     }
     text = "## Conditions\n\n" + "\n".join(f"- {m}" for m in sorted(machines))
-    stopped = [log.name for log in logs.values() if log.record["stopped_after_hours"]]
-    if stopped:
-        text += (
-            "\n- Stopped before their last epoch, so that their figures are not the "
-            f"paper's: {', '.join(stopped)}."
-        )
     if missing:
         text += f"\n- Not run yet: {'; '.join(missing)}."
     return text

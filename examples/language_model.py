@@ -502,6 +502,7 @@ def train(model, normalize, tokens, arguments):
             Perplexity(arguments.timesteps),
         ],
         order=orders[0] if orders else None,
+        hours=arguments.hours,
     )
     return {
         "train": [row["perplexity"] for row in rows],

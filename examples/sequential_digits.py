@@ -98,6 +98,7 @@ def main(argv=None):
             if name not in NOT_CONFIGURATION
         },
         order=order,
+        hours=arguments.hours,
     )
     print_table(rows)
     results = {"epochs": rows, **evaluate(model, parts, arguments)}

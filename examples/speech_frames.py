@@ -134,6 +134,7 @@ def run(arguments):
             if name not in NOT_CONFIGURATION
         },
         order=order,
+        hours=arguments.hours,
     )
     print_table(rows)
     results = {"epochs": rows, **evaluate(model, utterances, arguments)}

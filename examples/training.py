@@ -3,7 +3,7 @@
 `fit` trains a model and writes, in one folder,
 
 - `log.jsonl`: a line for each epoch, with its losses, metrics, learning rate and
-  the seconds it took;
+  the seconds it took; with a limit of hours, how the loss went within it, too;
 - `backup/`: what `keras.callbacks.BackupAndRestore` needs to go on after a kill;
 - `configuration.json`: the arguments that the run depends on;
 - `tensorboard/`: the same curves for `tensorboard --logdir`;
@@ -15,6 +15,7 @@ ends with the curve of one that was not.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import shutil
@@ -22,6 +23,8 @@ import time
 
 import keras
 import tensorflow as tf
+
+BATCHES_A_MEAN = 50  # of the training loss within an epoch
 
 
 def add_arguments(parser, *, output_dir, epochs):
@@ -38,6 +41,12 @@ def add_arguments(parser, *, output_dir, epochs):
         default=epochs,
         help=f"in all; a run that is there goes on (default: {epochs or 'by size'})",
     )
+    add(
+        "--hours",
+        type=positive_float,
+        help="of training, after which it stops, within an epoch if need be (default: "
+        "no limit)",
+    )
     add("--seed", type=int, default=1, help="of all that is by chance (default: 1)")
     add("--smoke", action="store_true", help="seconds instead of minutes: a trial")
 
@@ -46,6 +55,13 @@ def positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text}")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0. Received: {text}")
     return value
 
 
@@ -67,6 +83,7 @@ def fit(
     configuration,
     callbacks=(),
     order=None,
+    hours=None,
 ):
     """Trains a compiled model, or what is left of a run that `folder` has the start of.
 
@@ -81,25 +98,34 @@ def fit(
             `configuration.json`.
         callbacks: Further callbacks. What they add to the logs of an epoch is logged.
         order: An `EpochOrder` that `data` was made with.
+        hours: Of training in all, validation left out, after which it stops. The epoch
+            that this cuts short is validated and logged as it is, and the run is at
+            its end. None: no limit.
 
     Returns:
-        List of the log's rows, a dict for each epoch.
+        List of the log's rows, a dict for each epoch. With `hours`, each has `losses`,
+        the means over every 50 batches, and the one that was cut short has `part`,
+        what was trained of the epoch, in (0, 1].
 
     Raises:
         SystemExit: If `folder` holds a run of another configuration, or one of more
             epochs.
     """
     folder = pathlib.Path(folder)
-    claim(folder, configuration)
-    log = Log(folder / "log.jsonl")
-    there = len(read_log(log.path)) if log.path.exists() else 0
+    claim(folder, configuration if hours is None else {**configuration, "hours": hours})
+    log = Log(folder / "log.jsonl", hours)
+    rows = read_log(log.path) if log.path.exists() else []
+    there = len(rows)
     if there > epochs:
         raise SystemExit(
             f"{folder} holds a run of {there} epochs, and its weights are those of the "
             f"last one. Received: --epochs {epochs}. Give another --output-dir, or "
             "delete that folder."
         )
-    if there:
+    if there and "part" in rows[-1]:
+        print(f"{folder} holds a run that was stopped after {hours:g} h")
+        epochs = there
+    elif there:
         print(f"{folder} holds {there} of {epochs} epochs: going on from there")
     model.fit(
         data,
@@ -169,15 +195,37 @@ class Log(keras.callbacks.Callback):
 
     `seconds` and `cpu_seconds` are those of training, validation left out; the
     second counts all threads of this process, and other programs do not slow it.
+
+    Args:
+        path: Of the log.
+        hours: The sum of `seconds` at which training stops; None: it does not.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, hours=None):
         super().__init__()
-        self.path = pathlib.Path(path)
+        self.path, self.hours = pathlib.Path(path), hours
+
+    def on_train_begin(self, logs=None):
+        rows = read_log(self.path) if self.path.exists() else []
+        self._seconds = {row["epoch"]: row["seconds"] for row in rows}
 
     def on_epoch_begin(self, epoch, logs=None):
         self._began = time.perf_counter(), time.process_time()
         self._took = None
+        self._means, self._part = [(0, 0.0)], None
+        # An epoch that is trained again does not count twice.
+        before = sum(s for number, s in self._seconds.items() if number <= epoch)
+        if self.hours is not None:
+            self._until = self._began[0] + 3600 * self.hours - before
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.hours is None:
+            return
+        if time.perf_counter() >= self._until:
+            self._part = (batch + 1) / self.params["steps"]
+            self.model.stop_training = True
+        if (batch + 1) % BATCHES_A_MEAN == 0:
+            self._means.append((batch + 1, float(logs["loss"])))
 
     def on_test_begin(self, logs=None):
         self._stop()
@@ -185,6 +233,7 @@ class Log(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._stop()
         seconds, cpu_seconds = self._took
+        self._seconds[epoch + 1] = seconds
         row = {
             "epoch": epoch + 1,
             "iterations": int(self.model.optimizer.iterations),
@@ -193,9 +242,20 @@ class Log(keras.callbacks.Callback):
             "learning_rate": float(self.model.optimizer.learning_rate),
         }
         row |= {name: float(value) for name, value in (logs or {}).items()}
+        if self.hours is not None:
+            row["losses"] = self._losses()
+        if self._part is not None:
+            row["part"] = self._part
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(row) + "\n")
+
+    def _losses(self):
+        """Keras' means are over the epoch so far; these, over the batches since."""
+        return [
+            (mean * count - before * already) / (count - already)
+            for (already, before), (count, mean) in itertools.pairwise(self._means)
+        ]
 
     def _stop(self):
         if self._took is None:

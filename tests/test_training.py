@@ -32,7 +32,7 @@ def fit(training, rng):
     x = rng.normal(size=(COUNT, FEATURES)).astype("float32")
     y = rng.normal(size=(COUNT, 1)).astype("float32")
 
-    def fit(folder, epochs, callbacks=(), **configuration):
+    def fit(folder, epochs, callbacks=(), hours=None, **configuration):
         keras.utils.set_random_seed(3)
         model = keras.Sequential(
             [
@@ -43,7 +43,7 @@ def fit(training, rng):
                 keras.layers.Dense(1),
             ]
         )
-        model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+        model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
         order = training.EpochOrder(COUNT, seed=7)
         data = order.dataset().map(lambda i: (tf.gather(x, i), tf.gather(y, i)))
         rows = training.fit(
@@ -54,6 +54,7 @@ def fit(training, rng):
             configuration=configuration,
             callbacks=callbacks,
             order=order,
+            hours=hours,
         )
         return model, rows
 
@@ -189,6 +190,67 @@ def test_rows_have_what_an_epoch_took(fit, tmp_path):
     assert row["seconds"] >= 0.3
     assert fast["seconds"] < 10
     assert {"loss", "val_loss", "cpu_seconds", "learning_rate"} <= set(row)
+
+
+class Clock:
+    """Stands still, but for what is waited."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def wait(self):
+        """Callback: an hour for each batch."""
+        return keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: self._hour()
+        )
+
+    def _hour(self):
+        self.now += 3600
+
+
+def test_hours_end_a_run_within_an_epoch(fit, training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "BATCHES_A_MEAN", 1)
+    whole = fit(tmp_path / "whole", 2)[1]
+    wait = Clock(monkeypatch).wait()
+    model, rows = fit(tmp_path / "short", 9, [wait], hours=5)
+    # Three batches an epoch: the fifth hour ends in the middle of the second.
+    assert [row["iterations"] for row in rows] == [3, 5]
+    assert "part" not in rows[0] and rows[1]["part"] == pytest.approx(2 / 3)
+    assert rows[0]["loss"] == whole[0]["loss"]
+    assert {"val_loss", "learning_rate"} <= set(rows[1])
+    for row in rows:
+        # A mean of each batch, and Keras' mean of them all: float32 sums.
+        assert np.mean(row["losses"]) == pytest.approx(row["loss"], rel=1e-5)
+    assert len(rows[0]["losses"]) == 3 and len(rows[1]["losses"]) == 2
+    assert len(set(rows[0]["losses"])) == 3
+    saved = keras.models.clone_model(model)
+    saved.load_weights(tmp_path / "short" / "model.weights.h5")
+
+    # It is at its end, with the weights that it had, whatever time there is.
+    again, received = fit(tmp_path / "short", 9, [wait], hours=5)
+    assert "stopped after 5 h" in capsys.readouterr().out
+    assert received == rows
+    for one, other in zip(again.get_weights(), saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(SystemExit, match=r"hours=5, now 7"):
+        fit(tmp_path / "short", 9, hours=7)
+    with pytest.raises(SystemExit, match=r"hours=5, now None"):
+        fit(tmp_path / "short", 9)
+
+
+def test_hours_before_a_kill_count(fit, tmp_path, monkeypatch):
+    whole_clock = Clock(monkeypatch)
+    _, whole = fit(tmp_path / "whole", 9, [whole_clock.wait()], hours=8)
+    clock = Clock(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", 9, [clock.wait(), Stop(1)], hours=8)
+    # The second epoch is trained again, and its hours before the kill do not count.
+    clock.now = 1e6
+    _, rows = fit(tmp_path / "killed", 9, [clock.wait()], hours=8)
+    assert [row["iterations"] for row in rows] == [3, 6, 8]
+    assert [row["seconds"] for row in rows] == [3 * 3600, 3 * 3600, 2 * 3600]
+    assert curve(rows) == curve(whole)
 
 
 def test_a_folder_of_another_run_is_refused(fit, tmp_path):
