@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_bnrnn
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -203,6 +205,30 @@ def test_a_small_model_is_trained_by_the_schedule(example, treebank, tmp_path):
     results = json.loads((output / "results.json").read_text())
     # float32 means of some hundred words: 1e-5.
     assert results["none"]["test"] == pytest.approx(np.exp(surprise), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not settle")  # of weights by chance
+@pytest.mark.parametrize(("normalize", "count"), [("input", 30), ("joint", 3)])
+def test_statistics_are_of_the_training_text(
+    normalize, count, example, rng, monkeypatch, capsys
+):
+    arguments = example.parse_arguments(["--smoke", "--size", "small"])
+    words = rng.integers(0, 50, 30 * 8 * 20 + 1)  # batches of 8 rows of 20 words
+    tokens = {"train": words, "valid": words[:500], "test": words[500:1000]}
+    model = example.build_model(50, normalize, arguments)
+    seen, recalibrate = [], keras_bnrnn.recalibrate
+
+    def counted(model, data):
+        seen.append(int(data.cardinality()))
+        return recalibrate(model, data)
+
+    monkeypatch.setattr(keras_bnrnn, "recalibrate", counted)
+    perplexities = example.evaluate(model, normalize, tokens, arguments)
+    assert seen == [count]
+    # An untrained model is nearly indifferent between 50 words.
+    assert perplexities == pytest.approx({"valid": 50, "test": 50}, rel=0.2)
+    printed = capsys.readouterr().out
+    assert ("a tenth of the training text" in printed) == (normalize == "joint")
 
 
 def test_the_loss_is_a_sum_over_time_and_a_mean_over_rows(example, rng):
