@@ -259,13 +259,8 @@ def figure3(logs):
 def figure4(logs):
     """The hidden-to-hidden normalisation beside the other two."""
     tasks = {
-        "language model, small": ("language_model-small-{}", "perplexity"),
-        "speech": ("speech-{}-1", "frame_cross_entropy"),
-        "digits, pixel by pixel": ("digits-{}-1", "loss"),
-    }
-    tasks = {
         title: (name, metric)
-        for title, (name, metric) in tasks.items()
+        for title, (name, metric) in JOINT.items()
         if all(name.format(normalize) in logs for normalize in LABELS)
     }
     if not tasks:
@@ -635,21 +630,26 @@ def section_joint(logs):
     for task, (name, metric) in JOINT.items():
         if not all(name.format(normalize) in logs for normalize in LABELS):
             continue
-        epoch = min(len(logs[name.format(n)].rows) for n in LABELS)
-        cells = []
-        for normalize in LABELS:
-            row = logs[name.format(normalize)].rows[epoch - 1]
-            cells.append(f"{row[metric]:.3g} / {row['val_' + metric]:.3g}")
-        rows.append([task, metric.replace("_", " "), epoch, *cells])
+        epochs, best = best_of_three(logs, name, metric)
+        validation = best_of_three(logs, name, f"val_{metric}")[1]
+        cells = [f"{best[n]:.3g} / {validation[n]:.3g}" for n in LABELS]
+        rows.append([task, metric.replace("_", " "), epochs, *cells])
     if not rows:
         return None
     return (
         "## The negative result: hidden-to-hidden\n\n"
         "![Curves of the three](figures/figure4_joint.png)\n\n"
-        '`normalize="joint"` is `BN(W x_t + U h_{t-1})`. After as many epochs as all '
-        "three have, training / validation:\n\n"
-        + table(["task", "of", "epoch", *LABELS.values()], rows)
+        '`normalize="joint"` is `BN(W x_t + U h_{t-1})`. Best training / '
+        "validation of as many epochs as all three have:\n\n"
+        + table(["task", "of", "epochs", *LABELS.values()], rows)
     )
+
+
+def best_of_three(logs, name, metric):
+    """The number of epochs that all three layers have, and the best of each in them."""
+    found = {n: logs[name.format(n)] for n in LABELS}
+    epochs = min(len(log.rows) for log in found.values())
+    return epochs, {n: min(log[metric][:epochs]) for n, log in found.items()}
 
 
 def section_statistics(logs):
@@ -764,14 +764,13 @@ def verdicts(logs):
         )
     for task, (name, metric) in JOINT.items():
         if all(name.format(n) in logs for n in LABELS):
-            epoch = min(len(logs[name.format(n)].rows) for n in LABELS) - 1
-            none, joint = (
-                logs[name.format(n)][metric][epoch] for n in ("none", "joint")
-            )
+            epochs, best = best_of_three(logs, name, metric)
             say(
                 f"hidden-to-hidden normalisation does not help: {task}",
-                joint >= none,
-                f"training {joint:.3g} with it, {none:.3g} without, epoch {epoch + 1}",
+                best["joint"] >= best["none"],
+                f"best training {best['joint']:.3g} with it, {best['none']:.3g} "
+                f"without any, {best['input']:.3g} with input-to-hidden alone, in "
+                f"{epochs} epochs",
             )
     if not lines:
         return None
