@@ -468,7 +468,7 @@ def section_limited(logs):
     if not rows:
         return None
     return (
-        "Medium and large have had **an hour of training each on one core, of the days "
+        "The sizes below have had **an hour of training each on one core, of the days "
         "that they need**: these are their first steps, and no figures to hold beside "
         "the paper's. Validation and test perplexity are those at the end of the hour. "
         "To compare at equal updates: the training perplexity over the last "
