@@ -25,14 +25,15 @@ def normalized_projection(norm, frames, kernel, valid=None):
     if norm.statistics == "frame":
         return _by_frame(norm, frames, kernel, valid), None
     centred, mean, count = _centred(norm, frames, kernel, valid)
-    shape = frames.shape
-    if norm.synchronized:
-        # Replicas add up what they have: all of them must have the same.
-        shape = (None, None, shape[-1])
-    if moments_are_cheaper(shape, kernel.shape[-1]):
-        folded = _folded_kernel(norm, centred, kernel, mean, count)
-        return ops.matmul(centred, folded), _bias(norm, kernel)
-    return _by_projection(norm, centred, kernel, mean, count), _bias(norm, kernel)
+    # Replicas sum the moments of their projections: no collective may stand in a
+    # condition, which the moments of the frames need.
+    if not norm.synchronized and moments_are_cheaper(frames.shape, kernel.shape[-1]):
+        normalize = _by_moments
+    else:
+        normalize = _by_projection
+    projected, variance = normalize(norm, centred, kernel, count)
+    norm.update_statistics(mean, variance, count)
+    return projected, _bias(norm, kernel)
 
 
 def folded_projection(norm, frames, kernel, valid=None):
@@ -73,28 +74,82 @@ def _bias(norm, kernel):
 
 
 def _folded_kernel(norm, centred, kernel, mean, count):
-    """The kernel, normalised: the variance of a projection w.x is w' Cov(x) w.
-
-    What would be passes over (T, B, F) are products of (D, D) and (D, F).
-    """
+    """The kernel, scaled by gamma over the standard deviation of its projection."""
     dtype = norm.statistics_dtype
     w = ops.cast(kernel, dtype)
-    x = ops.reshape(ops.cast(centred, dtype), (-1, centred.shape[-1]))
-    covariance = norm.reduce_sum(squared(x)) / ops.maximum(count, 1.0)
-    variance = quadratic_forms(covariance, w)
-    variance = ops.maximum(variance, 0.0)  # rounding may have left it below
+    x = ops.cast(centred, dtype)
+    if norm.synchronized:
+        variance = _mean_square(norm, ops.matmul(x, w), count)
+    else:
+        variance, cancels = variance_by_covariance(x, w, count)
+        variance = ops.cond(
+            cancels,
+            lambda: _mean_square(norm, ops.matmul(x, w), count),
+            lambda: variance,
+        )
     norm.update_statistics(mean, variance, count)
     return ops.cast(w * _scale(norm, variance), kernel.dtype)
 
 
-def _by_projection(norm, centred, kernel, mean, count):
-    """Normalises the projection."""
+def _by_moments(norm, centred, kernel, count):
+    """Normalises the kernel, and by it the projection: `_by_projection`, faster."""
+    dtype = norm.statistics_dtype
+    w = ops.cast(kernel, dtype)
+    variance, cancels = variance_by_covariance(ops.cast(centred, dtype), w, count)
+
+    def by_moments():
+        folded = ops.cast(w * _scale(norm, variance), kernel.dtype)
+        return ops.matmul(centred, folded), variance
+
+    return ops.cond(
+        cancels, lambda: _by_projection(norm, centred, kernel, count), by_moments
+    )
+
+
+def _by_projection(norm, centred, kernel, count):
+    """The normalised projection less its beta, and its variance (1, F)."""
     projected = ops.matmul(centred, kernel)
+    variance = _mean_square(norm, projected, count)
+    return projected * ops.cast(_scale(norm, variance), kernel.dtype), variance
+
+
+def _mean_square(norm, projected, count):
+    """(1, F): the variance of a centred projection (..., F)."""
     squares = ops.square(ops.cast(projected, norm.statistics_dtype))
-    total = norm.reduce_sum(ops.sum(squares, axis=(0, 1)))[None]
-    variance = total / ops.maximum(count, 1.0)
-    norm.update_statistics(mean, variance, count)
-    return projected * ops.cast(_scale(norm, variance), kernel.dtype)
+    axes = tuple(range(len(projected.shape) - 1))
+    return norm.reduce_sum(ops.sum(squares, axis=axes))[None] / ops.maximum(count, 1.0)
+
+
+# In float32 the error of `w' C w` is some 1e-7 to 4e-7 of its Cauchy-Schwarz bound. At
+# this ratio of the two the variance is off by at most 4e-4. Independent features have a
+# ratio of about 0.6 D.
+LARGEST_CANCELLATION = 1000.0
+
+
+def variance_by_covariance(x, w, count):
+    """The variance of `x . w`, without the projection, and whether it is lost.
+
+    The variance of a projection is `w' C w`, with C the covariance of `x`: products of
+    (D, D) and (D, F) instead of passes over (N, F). Its terms cancel where features are
+    collinear and weights take their difference. By Cauchy-Schwarz
+    `w' C w <= (sum_i |w_i| s_i)^2`, with s_i the standard deviation of feature i: a
+    variance that is small against this bound has lost its digits.
+
+    Args:
+        x: Tensor of shape (..., D), centred, 0 in frames that are not valid.
+        w: Tensor of shape (D, F).
+        count: Tensor of shape (1, 1), the number of valid frames.
+
+    Returns:
+        `(variance, cancels)`: a tensor of shape (1, F) and a boolean scalar, true if
+        the variance of any column is lost.
+    """
+    x = ops.reshape(x, (-1, x.shape[-1]))
+    covariance = squared(x) / ops.maximum(count, 1.0)
+    variance = quadratic_forms(covariance, w)
+    deviations = ops.sqrt(ops.diagonal(covariance))[:, None]
+    bound = ops.square(ops.sum(ops.abs(w) * deviations, axis=0, keepdims=True))
+    return variance, ops.any(bound > LARGEST_CANCELLATION * variance)
 
 
 def _by_frame(norm, frames, kernel, valid):
