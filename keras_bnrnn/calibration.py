@@ -13,7 +13,10 @@ from keras import ops
 
 from keras_bnrnn import statistics as stats
 from keras_bnrnn.layers.base import BNRNN, BNCell
-from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
+from keras_bnrnn.sequence_batch_norm import (
+    SequenceBatchNorm,
+    warn_of_nonfinite_batches,
+)
 from keras_bnrnn.traversal import numbered, sublayers
 
 # Passes until statistics that depend on themselves are taken not to settle, and
@@ -55,8 +58,8 @@ def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
 
     Raises:
         ValueError: If `model` is not built or has nothing to recalibrate, `data` has
-            no batch, no valid frame, or fewer than `steps` batches, or is endless
-            without `steps`.
+            no batch, no valid frame, fewer than `steps` batches or a valid frame that
+            is not finite, or is endless without `steps`.
 
     Example:
 
@@ -76,6 +79,7 @@ def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
             f"Received: model={model.name!r}"
         )
     batches = _Batches(model, data, steps, batch_size)
+    warn_of_nonfinite_batches(target.norm for target in targets)
     before = [target.statistics() for target in targets]
     with _unchanged_states(model), _unchanged_on_error(targets):
         groups = _in_order_of_calls(model, targets, batches.first())
@@ -432,10 +436,12 @@ def _recalibrate_group(model, group, batches, label, verbose):
                     # One graph for batches of all sizes and lengths that fit it.
                     run.get_concrete_function(_as_free_as_inputs(model, x))
                 run(x)
+                for target in group:
+                    _require_finite(target, sums[id(target)], number)
                 bar.update(number, finalize=False)
         bar.update(batches.count, finalize=True)
         for target in group:
-            count, mean, variance = (v.numpy() for v in sums[id(target)].variables)
+            count, mean, variance = sums[id(target)].values()
             if count == 0:
                 raise ValueError(
                     f"`data` has no valid frame for layer {target.name!r}. "
@@ -460,6 +466,17 @@ def _recalibrate_group(model, group, batches, label, verbose):
     )
 
 
+def _require_finite(target, moments, number):
+    _, mean, variance = moments.values()
+    if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+        raise ValueError(
+            "`data` must be finite in its valid frames, and so must what the layers "
+            f"make of it. Received: batch {number} of `data`, for which layer "
+            f"{target.name!r} is given NaN, infinity or numbers too large to be "
+            "squared. No statistics were changed"
+        )
+
+
 class _RunningMoments:
     """Count, mean and variance of all elements seen so far, in float64."""
 
@@ -474,10 +491,14 @@ class _RunningMoments:
         for variable in self.variables:
             variable.assign(tf.zeros_like(variable))
 
+    def values(self):
+        """Count (1,), mean (F,) and variance (F,), as arrays."""
+        return [v.numpy() for v in self.variables]
+
     def add(self, x, mask):
         valid = None
         if mask is not None:
-            shape = ops.shape(mask) + (1,) * (len(x.shape) - 2)
+            shape = ops.shape(mask) + (1,) * (len(x.shape) - len(mask.shape))
             valid = ops.reshape(ops.cast(mask, "bool"), shape)
         axes = tuple(range(len(x.shape) - 1))
         mean, variance, count = stats.masked_moments(x, valid, axes)

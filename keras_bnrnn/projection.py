@@ -31,9 +31,10 @@ def normalized_projection(norm, frames, kernel, valid=None):
         normalize = _by_moments
     else:
         normalize = _by_projection
-    projected, variance = normalize(norm, centred, kernel, count)
+    projected, variance = normalize(norm, _flat(centred), kernel, count)
     norm.update_statistics(mean, variance, count)
-    return projected, _bias(norm, kernel)
+    shape = (*ops.shape(frames)[:-1], kernel.shape[-1])
+    return ops.reshape(projected, shape), _bias(norm, kernel)
 
 
 def folded_projection(norm, frames, kernel, valid=None):
@@ -77,7 +78,7 @@ def _folded_kernel(norm, centred, kernel, mean, count):
     """The kernel, scaled by gamma over the standard deviation of its projection."""
     dtype = norm.statistics_dtype
     w = ops.cast(kernel, dtype)
-    x = ops.cast(centred, dtype)
+    x = _flat(ops.cast(centred, dtype))
     if norm.synchronized:
         variance = _mean_square(norm, ops.matmul(x, w), count)
     else:
@@ -89,6 +90,11 @@ def _folded_kernel(norm, centred, kernel, mean, count):
         )
     norm.update_statistics(mean, variance, count)
     return ops.cast(w * _scale(norm, variance), kernel.dtype)
+
+
+def _flat(frames):
+    """(T, B, D) to (T*B, D): XLA takes no other product in a condition."""
+    return ops.reshape(frames, (-1, frames.shape[-1]))
 
 
 def _by_moments(norm, centred, kernel, count):
@@ -107,17 +113,17 @@ def _by_moments(norm, centred, kernel, count):
 
 
 def _by_projection(norm, centred, kernel, count):
-    """The normalised projection less its beta, and its variance (1, F)."""
+    """The normalised projection (T*B, F) less its beta, and its variance (1, F)."""
     projected = ops.matmul(centred, kernel)
     variance = _mean_square(norm, projected, count)
     return projected * ops.cast(_scale(norm, variance), kernel.dtype), variance
 
 
 def _mean_square(norm, projected, count):
-    """(1, F): the variance of a centred projection (..., F)."""
+    """(1, F): the variance of a centred projection (N, F)."""
     squares = ops.square(ops.cast(projected, norm.statistics_dtype))
-    axes = tuple(range(len(projected.shape) - 1))
-    return norm.reduce_sum(ops.sum(squares, axis=axes))[None] / ops.maximum(count, 1.0)
+    total = norm.reduce_sum(ops.sum(squares, axis=0, keepdims=True))
+    return total / ops.maximum(count, 1.0)
 
 
 # In float32 the error of `w' C w` is some 1e-7 to 4e-7 of its Cauchy-Schwarz bound. At
@@ -136,7 +142,7 @@ def variance_by_covariance(x, w, count):
     variance that is small against this bound has lost its digits.
 
     Args:
-        x: Tensor of shape (..., D), centred, 0 in frames that are not valid.
+        x: Tensor of shape (N, D), centred, 0 in frames that are not valid.
         w: Tensor of shape (D, F).
         count: Tensor of shape (1, 1), the number of valid frames.
 
@@ -144,7 +150,6 @@ def variance_by_covariance(x, w, count):
         `(variance, cancels)`: a tensor of shape (1, F) and a boolean scalar, true if
         the variance of any column is lost.
     """
-    x = ops.reshape(x, (-1, x.shape[-1]))
     covariance = squared(x) / ops.maximum(count, 1.0)
     variance = quadratic_forms(covariance, w)
     deviations = ops.sqrt(ops.diagonal(covariance))[:, None]
@@ -158,7 +163,7 @@ def _by_frame(norm, frames, kernel, valid):
     norm.require_group_size((batch, timesteps, width), (0,))
     projected = ops.cast(ops.matmul(frames, kernel), norm.statistics_dtype)
     moments = norm.batch_moments(projected, valid, (1,))
-    norm.update_statistics(*moments)
+    norm.update_statistics(*moments, frame_wise=True)
     normalized = stats.normalize(projected, *moments[:2], *norm.affine(), norm.epsilon)
     return ops.cast(normalized, kernel.dtype)
 

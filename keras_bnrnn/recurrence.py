@@ -168,6 +168,30 @@ def require_backend():
         )
 
 
+def require_timesteps(sequences, name):
+    """Refuses sequences without a timestep, as the stock layers do.
+
+    Args:
+        sequences: Tensor of shape (B, T, D). A T that is not static is checked when the
+            graph runs; XLA's programs have no such check.
+        name: Of the layer that was given them.
+    """
+    if sequences.shape[1] not in (None, 0):
+        return
+    message = (
+        "`sequences` must have at least one timestep. "
+        f"Received: sequences of shape (batch, 0, features) in layer {name!r}"
+    )
+    if sequences.shape[1] == 0:
+        raise ValueError(message)
+    if keras.backend.backend() == "tensorflow" and not keras.utils.is_keras_tensor(
+        sequences
+    ):
+        import tensorflow as tf
+
+        tf.debugging.assert_positive(tf.shape(sequences)[1], message)
+
+
 class _Loop(typing.NamedTuple):
     """A time loop, but for the tensors in which it is differentiable."""
 

@@ -1,12 +1,14 @@
 """`SequenceBatchNorm`: batch normalisation of sequences, padding left out."""
 
 import numbers
+import warnings
 
 import keras
 from keras import ops
 
 from keras_bnrnn import statistics as stats
-from keras_bnrnn.distribution import sum_over_replicas
+from keras_bnrnn.distribution import replica_count, sum_over_replicas
+from keras_bnrnn.notices import Once, warn_if
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -25,7 +27,10 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     The k-th training step weighs its batch by `max(1 - momentum, 1 / k)` in the
     moving averages: the first copies the batch, so nothing of the initial 0 and 1
-    remains. A batch without a valid frame changes nothing.
+    remains. Three kinds of batches change nothing: one without a valid frame, one
+    whose mean or variance is not finite, and under `"frame"` one with a single valid
+    row at each timestep. The last two are warned of once (but not under XLA), and
+    `nonfinite_batches` counts the second kind.
     `keras_bnrnn.recalibrate` replaces the moving averages by the exact
     statistics of a data set.
 
@@ -54,8 +59,8 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor of shape (B, T, ..., F).
-        mask: Boolean tensor of shape (B, T), true where a frame is valid; any
-            pattern. `None`: all are.
+        mask: Boolean tensor of shape (B, T), or (B, T, ...) without the features,
+            true where a frame is valid; any pattern. `None`: all are.
         training: Whether to use, and learn from, the batch's statistics.
 
     Returns:
@@ -144,6 +149,7 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.gamma_constraint = keras.constraints.get(gamma_constraint)
         self.beta_constraint = keras.constraints.get(beta_constraint)
         self.supports_masking = True
+        self._untracked = _Untracked()
 
     def build(self, input_shape):
         if len(input_shape) < 3:
@@ -193,6 +199,25 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.moving_mean = statistic("moving_mean", (features,), "zeros", "mean")
         self.moving_variance = statistic("moving_variance", (features,), "ones", "mean")
         self.update_count = statistic("update_count", (), "zeros", "only_first_replica")
+        self._untracked.nonfinite_batches = keras.Variable(
+            initializer="zeros",
+            shape=(),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+            name="nonfinite_batches",
+        )
+
+    @property
+    def nonfinite_batches(self):
+        """Int: training batches that were left out of the population statistics
+        because their mean or variance was not finite.
+
+        It counts from the layer's creation and is not saved.
+        """
+        count = self._untracked.nonfinite_batches
+        return 0 if count is None else int(ops.convert_to_numpy(count))
 
     @property
     def statistics_dtype(self):
@@ -221,7 +246,7 @@ class SequenceBatchNorm(keras.layers.Layer):
             axes.remove(1)
             self.require_group_size(x.shape, axes)
         moments = self.batch_moments(x, valid, tuple(axes))
-        self.update_statistics(*moments)
+        self.update_statistics(*moments, frame_wise=self.statistics == "frame")
         return stats.normalize(x, *moments[:2], *self.affine(), self.epsilon)
 
     def _normalize_by_population(self, x):
@@ -250,26 +275,48 @@ class SequenceBatchNorm(keras.layers.Layer):
             self.epsilon,
         )
 
-    def update_statistics(self, means, variances, counts, across_steps=False):
+    def update_statistics(
+        self, means, variances, counts, frame_wise=False, across_steps=False
+    ):
         """Moves the population statistics towards a batch's, that of all replicas.
+
+        A batch changes nothing if it has no valid frame, if the pooled moments of its
+        replica are not finite, or if it is `frame_wise` and no group has two frames.
 
         Args:
             means, variances: Tensors of shape (..., F), the moments of each of the
                 groups that make up the batch.
-            counts: Tensor of shape (..., 1), the frames in each. 0 in all changes
-                nothing.
+            counts: Tensor of shape (..., 1), the frames in each.
+            frame_wise: Whether the groups are timesteps, each normalised by its own
+                moments.
             across_steps: Whether successive updates are successive timesteps of
                 one batch, from inside a loop. Their means then differ for good
                 reason, and what they differ by belongs to the pooled variance.
         """
         features = self.moving_mean.shape[0]
-        mean, variance, count = stats.pool(
-            ops.reshape(ops.stop_gradient(means), (-1, features)),
-            ops.reshape(ops.stop_gradient(variances), (-1, features)),
-            ops.reshape(ops.stop_gradient(counts), (-1, 1)),
-            # Replicas cannot meet inside a loop.
-            stats.identity if across_steps else sum_over_replicas,
+        means = ops.reshape(ops.stop_gradient(means), (-1, features))
+        variances = ops.reshape(ops.stop_gradient(variances), (-1, features))
+        counts = ops.reshape(ops.stop_gradient(counts), (-1, 1))
+        mean, variance, count = stats.pool(means, variances, counts)
+        finite = ops.all(ops.isfinite(mean)) & ops.all(ops.isfinite(variance))
+        usable = finite
+        if frame_wise:
+            is_single = ops.logical_not(ops.any(counts >= 2.0))
+            self._warn_of_single_rows(is_single & (count[0] > 0))
+            usable = usable & ops.logical_not(is_single)
+        mean, variance, count = (
+            ops.where(usable, value, 0.0) for value in (mean, variance, count)
         )
+        nonfinite = ops.cast(ops.logical_not(finite), "float32")
+        if not across_steps and replica_count() > 1:
+            # Replicas cannot meet inside a loop.
+            mean, variance, count = stats.pool(
+                mean[None], variance[None], count[None], sum_over_replicas
+            )
+            nonfinite = ops.minimum(sum_over_replicas(nonfinite), 1.0)
+        self._untracked.nonfinite_batches.assign_add(nonfinite)
+        self._warn_of_nonfinite(nonfinite > 0)
+
         seen = count > 0  # (1,)
         k = self.update_count + 1.0
         least = ops.convert_to_tensor(1.0 - self.momentum, k.dtype)
@@ -285,6 +332,41 @@ class SequenceBatchNorm(keras.layers.Layer):
             moved = variable * (1.0 - weight) + new * weight
             variable.assign(ops.where(seen, moved, variable))
         self.update_count.assign(ops.where(seen[0], k, self.update_count))
+
+    @property
+    def statistics_variables(self):
+        """The variables that `update_statistics` changes."""
+        return (
+            self.moving_mean,
+            self.moving_variance,
+            self.update_count,
+            self._untracked.nonfinite_batches,
+        )
+
+    def _warn_of_nonfinite(self, condition):
+        def warn():
+            self._untracked.notices.warn(
+                "nonfinite",
+                f"A training batch of layer {self.path!r} has a mean or variance that "
+                "is not finite: its inputs are NaN, infinite or too large. Such "
+                "batches are left out of the population statistics, and "
+                "`nonfinite_batches` counts them.",
+            )
+
+        warn_if(condition, warn)
+
+    def _warn_of_single_rows(self, condition):
+        def warn():
+            self._untracked.notices.warn(
+                "single rows",
+                f"A training batch of layer {self.path!r} has a single row at each "
+                "timestep, and frame-wise statistics are taken over the rows: every "
+                "output is `beta`, and the batch is left out of the population "
+                "statistics. Use batches of 2 rows or more, or "
+                "`statistics='sequence'`.",
+            )
+
+        warn_if(condition, warn)
 
     def set_statistics(self, mean, variance):
         """Sets the population statistics; later training moves on from them.
@@ -329,11 +411,11 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     def _valid_frames(self, mask, inputs):
         """The mask as booleans that broadcast to `inputs`."""
-        check_mask(mask, inputs.shape)
+        check_mask(mask, inputs.shape, may_be_full=True)
         mask = ops.cast(mask, "bool")
-        for _ in range(len(inputs.shape) - 2):
+        for _ in range(len(inputs.shape) - len(mask.shape)):
             mask = ops.expand_dims(mask, -1)
-        return mask  # (B, T, 1, ..., 1)
+        return mask  # (B, T, 1, ..., 1) or (B, T, ..., 1)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -358,6 +440,36 @@ class SequenceBatchNorm(keras.layers.Layer):
         }
 
 
+class _Untracked:
+    """What a layer keeps that is no weight: Keras does not look into plain objects.
+
+    Attributes:
+        nonfinite_batches: Variable of shape (), or `None` before the layer is built.
+        notices: The warnings that were given.
+    """
+
+    def __init__(self):
+        self.nonfinite_batches = None
+        self.notices = Once()
+
+
+def warn_of_nonfinite_batches(norms):
+    """Warns if training batches were left out of population statistics.
+
+    Args:
+        norms: Iterable of `SequenceBatchNorm`.
+    """
+    counts = {norm.path: norm.nonfinite_batches for norm in norms}
+    counts = {path: count for path, count in counts.items() if count}
+    if counts:
+        warnings.warn(
+            "Training batches whose mean or variance was not finite were left out of "
+            "the population statistics: "
+            + ", ".join(f"{count} of {path!r}" for path, count in counts.items()),
+            stacklevel=3,
+        )
+
+
 def is_number(value):
     """Whether it is a real number, NumPy's included, and not a boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -368,16 +480,30 @@ def check_flag(name, value):
         raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
 
 
-def check_mask(mask, shape):
-    """Refuses a mask that is not (batch, timesteps) of inputs of this shape."""
-    expected = tuple(shape[:2])
+def check_mask(mask, shape, may_be_full=False):
+    """Refuses a mask that is not (batch, timesteps) of inputs of this shape.
+
+    Args:
+        mask: Tensor or array.
+        shape: Shape of the inputs, (B, T, ..., F).
+        may_be_full: Whether a mask of shape (B, T, ...), all axes but the features,
+            is right, too: `keras.layers.Masking` makes such.
+    """
     received = tuple(mask.shape)
-    fits = len(received) == 2 and all(
-        a is None or b is None or a == b
-        for a, b in zip(received, expected, strict=True)
+    expected = {"(batch, timesteps)": tuple(shape[:2])}
+    if may_be_full and len(shape) > 3:
+        expected["(batch, timesteps, ...)"] = tuple(shape[:-1])
+    fits = any(
+        len(received) == len(sizes)
+        and all(
+            a is None or b is None or a == b
+            for a, b in zip(received, sizes, strict=True)
+        )
+        for sizes in expected.values()
     )
     if not fits:
+        shapes = " or ".join(f"{name} = {sizes}" for name, sizes in expected.items())
         raise ValueError(
-            f"`mask` must have the shape (batch, timesteps) = {expected} of "
+            f"`mask` must have the shape {shapes} of "
             f"`inputs`. Received: mask of shape {received}"
         )

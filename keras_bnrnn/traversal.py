@@ -43,21 +43,39 @@ def copy_of(layer):
     return type(layer).from_config(layer.get_config())
 
 
-def clone_graph(model, **options):
+def clone_graph(model, clone_function, input_tensors=None, copies=None):
     """`keras.models.clone_model`, whatever the model is compiled with.
 
     Keras would compile the copy by configurations, and fails where a loss or metric is
-    a function that is not registered with it.
+    a function that is not registered with it. It is given a view of the model that is
+    not compiled; the model itself is not touched.
+
+    Args:
+        model: A Sequential or Functional model.
+        clone_function: Function of a layer to its copy. Models inside `model` are
+            cloned by their layers.
+        input_tensors: As for `keras.models.clone_model`.
+        copies: Dict from `id(layer)` to the copies made so far, for shared layers.
+
+    Returns:
+        A new model, not compiled.
     """
-    models = [layer for layer in sublayers(model) if isinstance(layer, keras.Model)]
-    compiled = [part for part in models if part.compiled]
-    try:
-        for part in compiled:
-            part.compiled = False
-        return keras.models.clone_model(model, recursive=True, **options)
-    finally:
-        for part in compiled:
-            part.compiled = True
+    copies = {} if copies is None else copies
+
+    def copy(layer):
+        if id(layer) not in copies:
+            if isinstance(layer, keras.Model) and has_graph(layer):
+                clone = clone_graph(layer, clone_function, copies=copies)
+            else:
+                clone = clone_function(layer)
+            copies[id(layer)] = clone
+        return copies[id(layer)]
+
+    view = object.__new__(type(model))
+    vars(view).update(vars(model), compiled=False)
+    return keras.models.clone_model(
+        view, input_tensors=input_tensors, clone_function=copy
+    )
 
 
 def numbered(names):

@@ -757,12 +757,45 @@ def compare_replicas():
         compare_on_replicas(strategy, "simple_rnn", statistics, length_on_first=0)
     for normalize in ("input", "joint"):
         compare_populations(strategy, normalize)
+    compare_nonfinite(strategy)
     with strategy.scope():
         rnn = keras.layers.RNN(bn_cell("lstm"))
         rnn.build((B, T, D))
     x = tf.zeros((B, T, D))
     with pytest.raises(ValueError, match=r"BNLSTMCell 'bnlstm_cell.*2 replicas"):
         strategy.run(lambda: rnn(x, training=True))
+
+
+def compare_nonfinite(strategy):
+    """A replica whose batch is not finite is left out; so is all of a shared one."""
+    rng = np.random.default_rng(20151005)
+    x = normal(rng, 2, B, T, D)
+    x[0, 1, 2, 0] = np.nan
+    for synchronized in (False, True):
+        with strategy.scope():
+            norm = SequenceBatchNorm(synchronized=synchronized)
+            norm.build((None, T, D))
+
+        @tf.function
+        def step(norm=norm):
+            def call():
+                replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+                norm(tf.gather(tf.constant(x), replica), training=True)
+
+            strategy.run(call)
+
+        step()
+        mean, variance, count = (
+            keras.ops.convert_to_numpy(v)
+            for v in (norm.moving_mean, norm.moving_variance, norm.update_count)
+        )
+        if synchronized:
+            assert count == 0 and np.all(mean == 0.0)
+        else:
+            assert count == 1
+            assert gap(mean, x[1].mean((0, 1))) <= 1e-6
+            assert gap(variance, x[1].var((0, 1))) <= 1e-5
+        assert norm.nonfinite_batches == 1
 
 
 def compare_populations(strategy, normalize):

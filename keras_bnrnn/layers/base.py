@@ -6,6 +6,7 @@ leaves the rest to the time loop.
 """
 
 import contextlib
+import inspect
 import numbers
 import typing
 
@@ -16,7 +17,11 @@ from keras_bnrnn import statistics as stats
 from keras_bnrnn.distribution import replica_count
 from keras_bnrnn.layers.fused import FusedKernel, gpu_is_visible
 from keras_bnrnn.projection import folded_projection, normalized_projection
-from keras_bnrnn.recurrence import require_backend, time_loop
+from keras_bnrnn.recurrence import (
+    require_backend,
+    require_timesteps,
+    time_loop,
+)
 from keras_bnrnn.sequence_batch_norm import (
     SequenceBatchNorm,
     check_flag,
@@ -81,14 +86,16 @@ class BatchNormalizer:
         if self._valid is not None:
             x = ops.where(self._valid, x, 0.0)
         mean, variance, count = norm.batch_moments(x, self._valid, (0,))
-        self._moments.append((mean[0], variance[0], count[0]))
+        self._moments.append((columns, (mean[0], variance[0], count[0])))
         gamma, beta = (None if p is None else p[columns] for p in self._affine)
         y = stats.normalize(x, mean, variance, gamma, beta, norm.epsilon)
         return ops.cast(y, a.dtype)
 
     def moments(self):
         """Mean (G*U,), variance (G*U,) and count (1,) of all that was normalised."""
-        means, variances, counts = zip(*self._moments, strict=True)
+        width = self._norm.moving_mean.shape[0]
+        moments = in_order_of_columns(self._moments, width)
+        means, variances, counts = zip(*moments, strict=True)
         return ops.concatenate(means), ops.concatenate(variances), counts[0]
 
 
@@ -100,13 +107,42 @@ class PopulationNormalizer:
         self._seen = []
 
     def __call__(self, a, columns=slice(None)):
-        self._seen.append(a)
+        self._seen.append((columns, a))
         scale, shift = (p[columns] for p in self._affine)
         return ops.cast(ops.cast(a, scale.dtype) * scale + shift, a.dtype)
 
     def pre_activations(self):
         """What was normalised, (B, G*U)."""
-        return ops.concatenate(self._seen, axis=-1)
+        width = self._affine[0].shape[0]
+        return ops.concatenate(in_order_of_columns(self._seen, width), axis=-1)
+
+
+def in_order_of_columns(parts, width):
+    """The values of a cell's calls of `normalize`, by the columns that they are.
+
+    Args:
+        parts: List of `(columns, value)`, `columns` a slice of the G*U columns.
+        width: G*U.
+
+    Raises:
+        ValueError: If a step normalises a column twice or not at all.
+    """
+    spans = sorted(
+        ((columns.indices(width), value) for columns, value in parts),
+        key=lambda part: part[0][0],
+    )
+    expected = 0
+    for (start, stop, stride), _ in spans:
+        if start != expected or stride != 1:
+            break
+        expected = stop
+    if expected != width or not spans:
+        received = [(start, stop) for (start, stop, _), _ in spans]
+        raise ValueError(
+            "A step must normalise each of its columns once: `columns` must be slices "
+            f"that make up [0, {width}). Received: columns={received}"
+        )
+    return [value for _, value in spans]
 
 
 class TrialStep:
@@ -132,9 +168,11 @@ class TrialStep:
         It is where the state is that of the first call, or where the body of a loop
         is being traced, which has a graph of its own.
         """
+        if self._in_sequence and not is_inside_rnn_call():
+            self.end()  # that call raised an error and never said that it was over
         if not self._in_sequence:
             return
-        variables = (norm.moving_mean, norm.moving_variance, norm.update_count)
+        variables = norm.statistics_variables
         values = [ops.copy(v) for v in variables]
         if self._values is None:
             self._state, self._values = state, values
@@ -155,6 +193,15 @@ class TrialStep:
             # An eager loop hands on the value of a stateful layer's variable.
             return bool(ops.all(ops.equal(state, self._state)))
         return state is self._state
+
+
+def is_inside_rnn_call():
+    """Whether `keras.layers.RNN.call` is on the stack."""
+    code = inspect.unwrap(keras.layers.RNN.call).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def refuse_replicas(cell):
@@ -289,7 +336,8 @@ class BNCell:
         """`StepDerivative` of `step` with nothing left to normalise.
 
         `None` where there is no closed form of it, as for an activation that is
-        not elementwise: the backend then differentiates the time loop.
+        not elementwise: the backend then differentiates the time loop. So it does for
+        a subclass that overrides `step` and not this.
         """
         return None
 
@@ -333,7 +381,9 @@ class BNCell:
             normalize,
         )
         if learns:
-            norm.update_statistics(*normalizer.moments(), across_steps=True)
+            norm.update_statistics(
+                *normalizer.moments(), frame_wise=True, across_steps=True
+            )
         return states[0], states if nested else states[0]
 
     # `keras.layers.RNN` tries the first timestep once before its loop, to learn the
@@ -359,7 +409,10 @@ class BNCell:
 
         def read(variable):
             # Here and now: a variable read inside a loop is kept for each timestep.
-            return None if variable is None else ops.copy(variable)
+            if variable is None:
+                return None
+            # In a wrapper of another policy a variable is read in its dtype.
+            return ops.cast(ops.copy(variable), self.compute_dtype)
 
         return CellWeights(
             kernel=read(self.kernel),
@@ -405,6 +458,43 @@ class BNCell:
         }
 
 
+# What makes up a cell's or a layer's function of its inputs.
+FUNCTION = ("step", "call", "inner_loop", "build", "own_weights", "folded_weights")
+
+
+def changes_function(layer, base):
+    """Names of the methods by which `type(layer)` is another function than `base`.
+
+    Args:
+        layer: A `BNCell`, `BNRNN` or `SequenceBatchNorm`, of a subclass of `base`.
+        base: A class of this package.
+
+    Returns:
+        List of `"Class.method"`, those of a layer's cell included.
+    """
+    cls = type(layer)
+    return [
+        f"{cls.__name__}.{name}"
+        for name in FUNCTION
+        if getattr(cls, name, None) is not getattr(base, name, None)
+    ]
+
+
+def derivative_of(cell):
+    """The `StepDerivative` of a cell's step, or `None` where there is none.
+
+    A subclass that overrides `step` inherits a derivative of other equations.
+    """
+    classes = type(cell).__mro__
+
+    def depth(name):
+        return next(i for i, cls in enumerate(classes) if name in vars(cls))
+
+    if depth("step") < depth("step_derivative"):
+        return None
+    return cell.step_derivative()
+
+
 def of_cell(name):
     """A read-only attribute of a layer that stands in its cell."""
     return property(lambda layer: getattr(layer.cell, name))
@@ -442,6 +532,7 @@ class BNRNN(keras.layers.RNN):
     epsilon = of_norm("epsilon")
     gamma_initializer = of_norm("gamma_initializer")
     synchronized = of_norm("synchronized")
+    nonfinite_batches = of_norm("nonfinite_batches")
 
     use_cudnn = False
     _fused = None
@@ -449,8 +540,13 @@ class BNRNN(keras.layers.RNN):
     def __init__(self, cell, activity_regularizer=None, **kwargs):
         super().__init__(cell, activity_regularizer=activity_regularizer, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=3)
+        # Keras 3.16 sets it to False in `RNN`: the layer above would count padding.
+        self.supports_masking = True
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
+        require_timesteps(sequences, self.name)
+        # Not every caller casts: `TimeDistributed` calls `call` itself.
+        sequences = ops.cast(sequences, self.compute_dtype)
         # Keras draws dropout masks at inference too, which changes the seed's state.
         self.cell._drops_nothing = not training
         try:
@@ -544,12 +640,12 @@ class BNRNN(keras.layers.RNN):
             return_sequences=self.return_sequences,
             recurrent_kernel=cell.loop_kernel(weights),
             collected=moments if in_loop else (),
-            derivative=None if in_loop else cell.step_derivative(),
+            derivative=None if in_loop else derivative_of(cell),
             keeps=training,
             reads_ahead=cell.reads_ahead,
         )
         if in_loop:
-            norm.update_statistics(*collected)
+            norm.update_statistics(*collected, frame_wise=True)
         if outputs is not None:
             outputs = ops.transpose(outputs, (1, 0, 2))  # (B, T, U)
         return outputs, states

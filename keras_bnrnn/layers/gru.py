@@ -8,6 +8,7 @@ from keras_bnrnn.gradients import value_and_slope
 from keras_bnrnn.layers.base import (
     BNRNN,
     BNCell,
+    changes_function,
     check_units,
     check_use_cudnn,
     elementwise,
@@ -357,6 +358,8 @@ class BNGRU(BNRNN):
             epsilon=epsilon,
             gamma_initializer=gamma_initializer,
             synchronized=synchronized,
+            # Accepted as the stock layer does; it changes nothing here.
+            implementation=kwargs.pop("implementation", 2),
             dtype=kwargs.get("dtype"),
             trainable=kwargs.get("trainable", True),
             name="bn_gru_cell",
@@ -375,7 +378,8 @@ class BNGRU(BNRNN):
 
     def _has_stock_equations(self):
         return (
-            self.activation is tanh
+            not changes_function(self.cell, BNGRUCell)
+            and self.activation is tanh
             and self.recurrent_activation is sigmoid
             and self.reset_after
         )

@@ -9,6 +9,7 @@ from keras_bnrnn.gradients import value_and_slope
 from keras_bnrnn.layers.base import (
     BNRNN,
     BNCell,
+    changes_function,
     check_units,
     check_use_cudnn,
     elementwise,
@@ -418,6 +419,8 @@ class BNLSTM(BNRNN):
             gamma_initializer=gamma_initializer,
             synchronized=synchronized,
             peephole=peephole,
+            # Accepted as the stock layer does; it changes nothing here.
+            implementation=kwargs.pop("implementation", 2),
             dtype=kwargs.get("dtype"),
             trainable=kwargs.get("trainable", True),
             name="bn_lstm_cell",
@@ -436,7 +439,8 @@ class BNLSTM(BNRNN):
 
     def _has_stock_equations(self):
         return (
-            self.activation is tanh
+            not changes_function(self.cell, BNLSTMCell)
+            and self.activation is tanh
             and self.recurrent_activation is sigmoid
             and not self.peephole
         )
