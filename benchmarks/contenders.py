@@ -60,6 +60,46 @@ def model(name, shape, kind="lstm", mode="graph"):
     return keras.Model(inputs, outputs)
 
 
+FIT_MODELS = ("lstm", "gru", "masked lstm")
+FIT_SIZES = [(b, 100, 64, 64) for b in (1, 16, 32, 64, 128, 256)]
+FIT_STEPS = 8  # batches in an epoch
+FIT_MODES = {"default": "auto", "jit_compile=True": True}
+
+
+def fitted(name, shape, kind, jit_compile):
+    """A whole model, compiled as a user does, and one epoch of its `fit`.
+
+    Args:
+        name: `"bn"` or `"keras"`.
+        shape: (B, T, D, U).
+        kind: `"lstm"`, `"gru"`: one recurrent layer and a `Dense` one. `"masked lstm"`:
+            two recurrent layers over sequences of 50 to 100 % of T.
+        jit_compile: As for `keras.Model.compile`; Keras resolves `"auto"` to `False`
+            where there is no GPU.
+
+    Returns:
+        A function that trains one epoch.
+    """
+    batch, timesteps, width, units = shape
+    layer = KINDS[kind.split()[-1]][0 if name == "bn" else 1]
+    x = frames((batch * FIT_STEPS, timesteps, width))
+    y = np.random.default_rng(1).integers(0, 10, len(x))
+    layers = [keras.Input((timesteps, width))]
+    if kind.startswith("masked"):
+        lengths = np.random.default_rng(2).integers(timesteps // 2, timesteps, len(x))
+        x[np.arange(timesteps) >= lengths[:, None]] = 0.0
+        layers += [keras.layers.Masking(), layer(units, return_sequences=True)]
+    layers += [layer(units), keras.layers.Dense(10)]
+    model = keras.Sequential(layers)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, jit_compile=jit_compile)
+
+    def epoch():
+        model.fit(x, y, batch_size=batch, verbose=0)
+
+    return epoch
+
+
 def stack(name, shape=(24, 300, 123, 250), depth=5):
     """A deep bidirectional LSTM, as the paper's for speech."""
     batch, timesteps, width, units = shape

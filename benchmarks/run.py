@@ -1,7 +1,8 @@
 """Measures the layers against their peers, and writes RESULTS.md and its charts.
 
-Every ratio is of medians of one run, in which the contenders took turns. Where both a
-graph and an XLA program were measured, the faster of each side counts.
+Every ratio is of medians of one run, in which the contenders took turns. `fit` times
+whole models as a user trains them. The other parts time single steps, of a graph and of
+an XLA program; their targets take the faster of the two on each side.
 
     python benchmarks/run.py                 # all parts, about half an hour
     python benchmarks/run.py --only training inference
@@ -83,6 +84,28 @@ def training(arguments):
             kind=kind,
         )
     return result
+
+
+def fit(arguments):
+    """Epochs of whole models under `fit`, as a user trains them."""
+    import contenders
+    import keras
+    import timing
+
+    results = {}
+    for kind in contenders.FIT_MODELS:
+        results[kind] = []
+        for shape in contenders.FIT_SIZES:
+            keras.backend.clear_session()
+            functions = {
+                f"{name}/{mode}": contenders.fitted(name, shape, kind, jit_compile)
+                for name in ("bn", "keras")
+                for mode, jit_compile in contenders.FIT_MODES.items()
+            }
+            times = timing.alternate(functions, arguments.seconds / 3, least=5)
+            results[kind].append({"shape": shape, "times": times})
+            print("fit", kind, shape, brief(times), flush=True)
+    return results
 
 
 def inference(arguments):
@@ -196,6 +219,7 @@ def gpu(arguments):
 
 
 PARTS = {
+    "fit": fit,
     "training": training,
     "inference": inference,
     "stack": stack,
@@ -364,10 +388,12 @@ def report(data):
         "",
         "Made by `make bench`. Machine: "
         f"{about['machine']}. {about['versions']}. {about['date']}. Ratios are of "
-        "medians of one run in which the contenders took turns, the faster of graph "
-        "and XLA on each side; times are milliseconds, with the middle half of the "
-        "measurements in brackets. The machine is shared: times move by some 20 % "
-        "from run to run, ratios by less.",
+        "medians of one run in which the contenders took turns; times are "
+        "milliseconds, with the middle half of the measurements in brackets. The "
+        "machine is shared: times move by some 20 % from run to run, ratios by less.",
+        "",
+        *fit_section(data),
+        "## Single steps",
         "",
         "A training step is the forward pass, the mean of the squared outputs, the "
         "gradients of all weights and a step of gradient descent. *without "
@@ -376,9 +402,11 @@ def report(data):
         "measured with the batch size unknown to the layer, which refuses it "
         "otherwise.",
         "",
-        "![Training steps](training.png)",
+        "![Training steps](steps.png)",
         "",
         "## Targets",
+        "",
+        "The ratios take the faster of graph and XLA on each side.",
         "",
     ]
     rows = [["what", "target", "geometric mean", "each", ""]]
@@ -449,14 +477,86 @@ def report(data):
     return "\n".join(lines)
 
 
+FIT_TITLES = {
+    "lstm": "one LSTM",
+    "gru": "one GRU",
+    "masked lstm": "two LSTMs, masked",
+}
+
+
+def fit_ratios(results, mode, ours_mode=None):
+    """Ours over Keras', for each shape, both under one mode."""
+    return [
+        r["times"][f"bn/{ours_mode or mode}"][0] / r["times"][f"keras/{mode}"][0]
+        for r in results
+    ]
+
+
+def fit_section(data):
+    """The table of what a user of `fit` sees."""
+    if "fit" not in data:
+        return []
+    sizes = [r["shape"] for r in next(iter(data["fit"].values()))]
+    _, timesteps, width, units = sizes[0]
+    rows = [["model", "compiled with", *(f"B = {shape[0]}" for shape in sizes)]]
+    for kind, results in data["fit"].items():
+        for mode, title in (
+            ("default", "nothing (the default)"),
+            ("jit_compile=True", "`jit_compile=True`"),
+        ):
+            found = fit_ratios(results, mode)
+            rows.append([FIT_TITLES[kind], title, *(f"{r:.2f}" for r in found)])
+        found = fit_ratios(results, "default", "jit_compile=True")
+        title = "ours `jit_compile=True`, Keras' nothing"
+        rows.append([FIT_TITLES[kind], title, *(f"{r:.2f}" for r in found)])
+    lines = [
+        "## `fit` of whole models",
+        "",
+        "The time of an epoch of `model.fit` with our layers over that with the stock "
+        f"Keras layers: T {timesteps}, D {width}, U {units}, a `Dense` layer on top, "
+        "Adam. Below 1, ours is faster. Keras compiles with XLA by default only where "
+        "it sees a GPU: on this machine the default is a plain TensorFlow graph.",
+        "",
+        "![Epochs of fit](training.png)",
+        "",
+        table(rows),
+        "",
+    ]
+    for kind, results in data["fit"].items():
+        lines += [f"Milliseconds an epoch, {FIT_TITLES[kind]}:", ""]
+        lines += [times_table(results), ""]
+    return lines
+
+
+def fit_chart(data, directory, plt):
+    figure, axes = plt.subplots(1, len(data["fit"]), figsize=(10, 3.8), sharey=True)
+    for axis, (kind, results) in zip(axes, data["fit"].items(), strict=True):
+        bars = [("default", "compile(): the default"), ("jit_compile=True",) * 2]
+        for i, (mode, label) in enumerate(bars):
+            where = [x + (i - 0.5) * 0.38 for x in range(len(results))]
+            axis.bar(where, fit_ratios(results, mode), 0.38, label=label)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(results)), [r["shape"][0] for r in results])
+        axis.set_xlabel("batch size")
+        axis.set_title(FIT_TITLES[kind], fontsize=10)
+    axes[0].set_ylabel("epoch of fit, stock Keras layer = 1")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.savefig(directory / "training.png", dpi=120)
+    plt.close(figure)
+
+
 def charts(data, directory):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if "fit" in data:
+        fit_chart(data, directory, plt)
     if "training" in data:
-        figure, axis = plt.subplots(figsize=(9, 4))
+        figure, axis = plt.subplots(figsize=(9, 4.4))
         names = [
             ("bn", "BNLSTM"),
             ("bn frame", "BNLSTM, frame-wise"),
@@ -480,9 +580,9 @@ def charts(data, directory):
             ["B {}, T {}, D {}, U {}".format(*r["shape"]) for r in results],
         )
         axis.set_ylabel("training step, keras LSTM = 1")
-        axis.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(directory / "training.png", dpi=120)
+        figure.legend(loc="upper center", ncols=3, fontsize=8, frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 0.9))
+        figure.savefig(directory / "steps.png", dpi=120)
         plt.close(figure)
     if "linear" in data:
         figure, axes = plt.subplots(1, 2, figsize=(9, 4))
