@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import json
 import pathlib
-import re
 import sys
 
 import httpx
@@ -358,25 +357,3 @@ def test_a_missing_package_is_one_line(script, package, monkeypatch):
     assert message.startswith("error: ") and "\n" not in message
     assert package in message
     assert message.endswith("(the examples need `pip install 'keras-bnrnn[examples]'`)")
-
-
-def test_the_readme_code_runs(rng, tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    train, ship = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names = {
-        "frames": rng.normal(size=(4, 6, 123)).astype("float32"),
-        "labels": rng.integers(0, 11, (4, 6)),
-    }
-    # As a user would have it, but for the width.
-    exec(train.replace("250", "8") + ship, names)
-    served = tf.saved_model.load("exported/speech/1").signatures["serving_default"]
-    logits = served(
-        features=tf.constant(names["frames"]), lengths=tf.constant([6, 6, 6, 6])
-    )["logits"]
-    expected = names["model"].predict(names["frames"], verbose=0)
-    # Folded and float32: 1e-5.
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    np.testing.assert_allclose(
-        names["folded"].predict(names["frames"], verbose=0), expected, atol=1e-5
-    )
