@@ -69,7 +69,7 @@ def _version():
     try:
         return importlib.metadata.version("keras-bnrnn")
     except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
+        return "unknown"
 
 
 @contextlib.contextmanager
