@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench experiments figures notebooks venv clean
+.PHONY: demo test test-all lint bench experiments figures notebooks links venv clean
 
 # The language model of examples/ on the Python language reference: trains,
 # recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
@@ -39,6 +39,10 @@ figures: $(READY)
 # Runs the notebooks of examples/ and writes their outputs into them.
 notebooks: $(READY)
 	$(BIN)/python examples/notebooks.py
+
+# Writes the repository's address, which pyproject.toml has, into the notebooks.
+links: $(READY)
+	$(BIN)/python examples/notebooks.py --links
 
 venv: $(READY)
 

@@ -12,11 +12,15 @@ import statistics
 import sys
 
 import experiments
-import matplotlib
 import training
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError as error:
+    raise SystemExit(training.missing(error)) from error
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 COLORS = {"none": "tab:gray", "input": "tab:blue", "joint": "tab:orange"}

@@ -25,21 +25,26 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pydoc_data.topics
 
-import httpx
 import keras
-import matplotlib
 import numpy as np
 import tensorflow as tf
-import tensorflow_text as tf_text
 import training
 from keras import ops
 
 import keras_bnrnn
-from keras_bnrnn.serving import ModelServer
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator
+try:
+    import httpx
+    import matplotlib
+    import tensorflow_text as tf_text
+
+    from keras_bnrnn.serving import ModelServer
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+except ImportError as error:
+    raise SystemExit(training.missing(error)) from error
 
 UNKNOWN, END = "<unk>", "<eos>"
 MOST_TOKENS = 200  # that one request may ask for

@@ -43,12 +43,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 import tensorflow as tf
 import training
 
 import keras_bnrnn
+
+try:
+    import sklearn.datasets
+    import sklearn.model_selection
+except ImportError as error:
+    raise SystemExit(training.missing(error)) from error
 
 CLASSES = 10
 HELD_OUT = 300  # of scikit-learn's digits, for development and as many for the test

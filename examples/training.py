@@ -72,6 +72,18 @@ def fraction(text):
     return value
 
 
+def missing(error):
+    """The message of an example that lacks a package.
+
+    Args:
+        error: The `ImportError`.
+
+    Returns:
+        str, one line.
+    """
+    return f"error: {error} (the examples need `pip install 'keras-bnrnn[examples]'`)"
+
+
 def fit(
     model,
     data,

@@ -1,5 +1,7 @@
 """Batch-normalised recurrent layers for Keras."""
 
+import importlib.metadata
+
 from keras_bnrnn.calibration import recalibrate
 from keras_bnrnn.export import export_saved_model
 from keras_bnrnn.folding import fold
@@ -12,6 +14,11 @@ from keras_bnrnn.layers import (
     BNSimpleRNNCell,
 )
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
+
+try:
+    __version__ = importlib.metadata.version("keras-bnrnn")
+except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "BNGRU",

@@ -12,9 +12,6 @@ import sys
 import threading
 import time
 
-import httpx
-import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -680,44 +677,3 @@ def test_metrics_of_the_guide():
     for metric, labels in rows:
         names = set(re.findall(r"`(\w+)`", labels))
         assert names == (HISTOGRAMS.get(metric) or METRICS[metric]), metric
-
-
-def test_code_of_the_guide_runs(tmp_path, monkeypatch, capsys):
-    keras_bnrnn = pytest.importorskip("keras_bnrnn")
-    text = (ROOT / "docs/serving.md").read_text()
-    export, *others = re.findall(r"```python\n(.*?)```", text, re.S)
-    body, url = re.search(r"curl -d '(.*?)' \\\n +(\S+)", text).groups()
-    monkeypatch.chdir(tmp_path)
-    model = keras.Sequential(
-        [
-            keras.Input((None, 3), name="features"),
-            keras_bnrnn.BNLSTM(4, return_sequences=True),
-            keras.layers.Dense(2, name="logits"),
-        ]
-    )
-    model.save("speech.keras")
-    frames = np.random.default_rng(0).normal(size=(4, 7, 3)).astype("float32")
-    namespace = {"frames": frames}
-    exec(compile(export, "docs/serving.md", "exec"), namespace)
-    if importlib.util.find_spec("keras_bnrnn_client") is None:
-        monkeypatch.syspath_prepend(SERVING)
-        client = importlib.import_module("client")
-        monkeypatch.setitem(sys.modules, "keras_bnrnn_client", client)
-    models = {"speech": tmp_path / "serving/models/speech"}
-    with ModelServer(models, port=0, grpc_port=0) as server:
-        answer = httpx.post(
-            url.replace("http://127.0.0.1:8501", server.url),
-            json=json.loads(body),
-            timeout=30,
-        )
-        code = "".join(others).replace("http://127.0.0.1:8501", server.url)
-        code = code.replace("127.0.0.1:8500", server.grpc_target)
-        exec(compile(code, "docs/serving.md", "exec"), namespace)
-    model = namespace["model"]
-    (row,) = json.loads(body)["instances"]
-    (found,) = answer.json()["predictions"]
-    expected = model.predict(np.array([row["features"]], "float32"), verbose=0)[0]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert "(1, 40, 2)" in capsys.readouterr().out
-    expected = model.predict(namespace["x"], verbose=0)
-    np.testing.assert_allclose(namespace["rest"]["logits"], expected[:, 20:], atol=1e-5)

@@ -1,9 +1,10 @@
 """The language model of the examples, at the size of a trial, and its loaders."""
 
 import importlib
+import importlib.util
 import json
 import pathlib
-import re
+import sys
 
 import httpx
 import numpy as np
@@ -328,23 +329,31 @@ def test_the_language_reference_is_split_by_topic(example):
     assert example.language_reference(seed=1) == texts
 
 
-def test_the_readme_code_runs(rng, tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    train, ship = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names = {
-        "frames": rng.normal(size=(4, 6, 123)).astype("float32"),
-        "labels": rng.integers(0, 11, (4, 6)),
-    }
-    # As a user would have it, but for the width.
-    exec(train.replace("250", "8") + ship, names)
-    served = tf.saved_model.load("exported/speech/1").signatures["serving_default"]
-    logits = served(
-        features=tf.constant(names["frames"]), lengths=tf.constant([6, 6, 6, 6])
-    )["logits"]
-    expected = names["model"].predict(names["frames"], verbose=0)
-    # Folded and float32: 1e-5.
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    np.testing.assert_allclose(
-        names["folded"].predict(names["frames"], verbose=0), expected, atol=1e-5
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [
+        ("language_model", "matplotlib"),
+        ("language_model", "httpx"),
+        ("language_model", "tensorflow_text"),
+        ("language_model", "keras_bnrnn.serving"),
+        ("figures", "matplotlib"),
+        ("sequential_digits", "sklearn"),
+    ],
+)
+def test_a_missing_package_is_one_line(script, package, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it raises
+    spec = importlib.util.spec_from_file_location(
+        f"{script}_without", ROOT / "examples" / f"{script}.py"
     )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    with pytest.raises(SystemExit) as exit_info:
+        spec.loader.exec_module(module)
+    # Python prints it on standard error and exits with status 1.
+    message = exit_info.value.code
+    assert message.startswith("error: ") and "\n" not in message
+    assert package in message
+    assert message.endswith("(the examples need `pip install 'keras-bnrnn[examples]'`)")

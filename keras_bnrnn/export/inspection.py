@@ -1,6 +1,5 @@
 """`keras-bnrnn inspect`: what an exported version is, as a table."""
 
-import argparse
 import json
 import pathlib
 import re
@@ -8,30 +7,29 @@ import sys
 
 from keras_bnrnn.export.manifest import MANIFEST, describe
 from keras_bnrnn.export.operations import why_not_served
+from keras_bnrnn_cli import arguments
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="keras-bnrnn inspect",
-        description="Print what a SavedModel is: its signatures, layers, operations "
-        "and sizes. Exit status 1 if stock TensorFlow Serving could not run it.",
-    )
-    parser.add_argument(
-        "directory",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="a version's directory, or a model's, whose highest version is taken",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of a table"
-    )
-    arguments = parser.parse_args(argv)
+    return run(arguments.inspect(argv))
+
+
+def run(args):
+    """Prints what a SavedModel is.
+
+    Args:
+        args: what `keras_bnrnn_cli.arguments.inspect` parsed.
+
+    Returns:
+        int, the exit status: 1 if stock TensorFlow Serving lacks an operation, 2 if
+        there is no SavedModel.
+    """
     try:
-        found = inspect_version(arguments.directory)
+        found = inspect_version(args.directory)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
+    if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         print("\n".join(_lines(found)))

@@ -1,0 +1,96 @@
+"""The command `keras-bnrnn`.
+
+This package imports the standard library alone, so help, the version and mistakes in
+the arguments are answered at once. A command imports `keras_bnrnn`, and TensorFlow with
+it, after its arguments are parsed.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import sys
+
+from keras_bnrnn_cli import arguments
+
+# Of each command: the parser of its arguments, the module that runs it, the help text.
+_COMMANDS = {
+    "serve": (
+        arguments.serve,
+        "keras_bnrnn.serving.__main__",
+        "serve exported models on this machine, for development and tests "
+        "(production is TensorFlow Serving)",
+    ),
+    "inspect": (
+        arguments.inspect,
+        "keras_bnrnn.export.inspection",
+        "show what an exported model holds: signatures, folded layers, operations",
+    ),
+}
+
+
+def main(argv=None):
+    """Runs a command.
+
+    Args:
+        argv: list of str, the arguments; None: those of the process.
+
+    Returns:
+        int, the exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="keras-bnrnn",
+        description=(
+            "Inspect and serve models that `keras_bnrnn.export_saved_model` wrote."
+        ),
+        epilog="`keras-bnrnn COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, _, text) in _COMMANDS.items():
+        # The command's own parser answers `--help`.
+        commands.add_parser(name, help=text, add_help=False)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # The command's own parser parses the arguments after the command.
+    parse, module, _ = _COMMANDS[parser.parse_args(argv[:1]).command]
+    parsed = parse(argv[1:])
+    try:
+        with _quiet_import():
+            command = importlib.import_module(module)
+    except ImportError as error:
+        # The message of `keras_bnrnn.serving` names the extra to install.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return command.run(parsed)
+
+
+def _version():
+    try:
+        return importlib.metadata.version("keras-bnrnn")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _quiet_import():
+    """Hides TensorFlow's log unless the user set `TF_CPP_MIN_LOG_LEVEL` to 0.
+
+    TensorFlow 2.21 ignores the level while it is imported, so file descriptor 2 is
+    redirected for that time.
+    """
+    # 3 also hides the errors of C++, such as the one about an absent GPU. An error that
+    # concerns the user is a Python exception as well.
+    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "0":
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)

@@ -1,0 +1,147 @@
+"""The arguments of each command. This module imports the standard library alone."""
+
+import argparse
+import pathlib
+
+
+def serve(argv=None):
+    """Parses the arguments of `keras-bnrnn serve`.
+
+    Args:
+        argv: list of str, the arguments; None: those of the process.
+
+    Returns:
+        argparse.Namespace.
+    """
+    parser = argparse.ArgumentParser(
+        prog="keras-bnrnn serve",
+        description=(
+            "Serve SavedModels on this machine over TensorFlow Serving's REST and "
+            "gRPC. For development and tests: production is TensorFlow Serving, "
+            "which answers the same requests."
+        ),
+        epilog=(
+            "example: keras-bnrnn serve speech=exported/speech, then POST "
+            '{"instances": [...]} to http://127.0.0.1:8501/v1/models/speech:predict. '
+            "A version that is exported meanwhile takes over once it is loaded. "
+            "Ctrl-C or SIGTERM stops it once the requests in flight are answered."
+        ),
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        type=_model,
+        metavar="NAME=DIR",
+        help="a model's name and its base directory, which has a sub-directory for "
+        "each version (1, 2, ...); the highest is served",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=8501,
+        help="port of REST and of the metrics, 0 for a free one (default %(default)s)",
+    )
+    parser.add_argument(
+        "--grpc-port",
+        type=_grpc_port,
+        default=8500,
+        help="port of gRPC, 0 for a free one, `none` for no gRPC (default %(default)s)",
+    )
+    parser.add_argument(
+        "--versions",
+        type=_versions,
+        default="latest",
+        metavar="latest|N|all",
+        help="serve a model's highest version, its N highest ones, or all of them "
+        "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--label",
+        type=_label,
+        action="append",
+        default=[],
+        metavar="NAME/LABEL=N",
+        help="let requests call version N of a model by a label, as in "
+        "/v1/models/speech/labels/stable:predict; may be repeated",
+    )
+    parser.add_argument(
+        "--poll-seconds",
+        type=float,
+        default=1.0,
+        help="seconds between two looks for new and removed versions, 0 to look only "
+        "at the start (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-request-bytes",
+        type=int,
+        default=64 * 1024**2,
+        help="refuse larger requests (default %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    names = [name for name, _ in args.models]
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"each NAME must be given once. Received: {name} twice")
+    return args
+
+
+def _model(text):
+    name, separator, directory = text.partition("=")
+    if not (name and separator and directory):
+        raise argparse.ArgumentTypeError(f"must be NAME=DIR. Received: {text}")
+    return name, directory
+
+
+def _grpc_port(text):
+    if text == "none":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a port or `none`. Received: {text}")
+    return int(text)
+
+
+def _versions(text):
+    if text in ("latest", "all"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"must be `latest`, `all` or a number. Received: {text}"
+        )
+    return int(text)
+
+
+def _label(text):
+    name, _, rest = text.partition("/")
+    label, _, version = rest.partition("=")
+    if not (name and label and version.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be NAME/LABEL=N. Received: {text}")
+    return name, label, int(version)
+
+
+def inspect(argv=None):
+    """Parses the arguments of `keras-bnrnn inspect`.
+
+    Args:
+        argv: list of str, the arguments; None: those of the process.
+
+    Returns:
+        argparse.Namespace.
+    """
+    parser = argparse.ArgumentParser(
+        prog="keras-bnrnn inspect",
+        description="Print what a SavedModel is: its signatures, layers, operations "
+        "and sizes. Exit status 1 if stock TensorFlow Serving could not run it.",
+    )
+    parser.add_argument(
+        "directory",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a version's directory, or a model's, whose highest version is taken",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of a table"
+    )
+    return parser.parse_args(argv)
