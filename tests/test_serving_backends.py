@@ -12,7 +12,14 @@ pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from serving_backends import copy_version, served, states, wait_for, write_config
+from serving_backends import (
+    MODEL_NAMES,
+    copy_version,
+    served,
+    states,
+    wait_for,
+    write_config,
+)
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
 from keras_bnrnn.serving import ModelServer
@@ -117,6 +124,9 @@ def test_running_server_reads_copies(exported, tmp_path, monkeypatch):
     base.mkdir()
     copy_version(exported / "1", base)
     assert "double" in write_config(tmp_path).read_text()
+    # TensorFlow Serving would open no port while a model has no version.
+    for name in MODEL_NAMES:
+        assert (tmp_path / name / "1" / "saved_model.pb").is_file()
     server = ModelServer({"double": base}, port=0, grpc_port=0, poll_seconds=0.05)
     with server:
         monkeypatch.setenv("TF_SERVING_REST_URL", server.url)
