@@ -14,7 +14,8 @@ environment variables choose TensorFlow Serving in its place:
     away after. Call `write_config(TF_SERVING_MODEL_DIR)` before each start of the
     server: it writes the configuration that the server needs, and a version 1 for each
     model that has none. TensorFlow Serving opens no port while a model of its
-    configuration has no version. Start it with `--file_system_poll_wait_seconds=1`.
+    configuration has no version. Start it with `--file_system_poll_wait_seconds=1`
+    and `--grpc_max_threads=256`.
 
 A test that asks for what only the embedded server has, or for its own words, is marked
 `@embedded_only`.
@@ -147,6 +148,8 @@ def _binary(binary, models):
             f"--rest_api_port={rest_port}",
             f"--model_config_file={write_config(models, path=config)}",
             "--file_system_poll_wait_seconds=1",
+            # The default refuses most of the concurrent requests of the load tests.
+            "--grpc_max_threads=256",
         ]
         log = pathlib.Path(directory, "log")
         with log.open("wb") as output:

@@ -203,6 +203,8 @@ def flags(arguments):
 
 def check_flags(found, with_models=True):
     assert found["enable_batching"] == "true"
+    # The default, 4 for each core, refuses most requests of 32 clients on 2 cores.
+    assert int(found["grpc_max_threads"]) >= 256
     files = ["batching_parameters_file", "monitoring_config_file"]
     if with_models:
         files.append("model_config_file")
@@ -671,6 +673,13 @@ def test_guides_name_what_there_is(name, capsys):
         known |= set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
     used = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", text))
     assert used <= known | FLAGS, used - known - FLAGS
+
+
+def test_docker_run_of_the_guide_has_threads_for_the_clients():
+    text = (ROOT / "docs/serving.md").read_text()
+    (command,) = re.findall(r"```\n(docker run .*?)```", text, re.S)
+    arguments = command.split("tensorflow/serving:")[1].split()[1:]
+    assert int(flags(arguments)["grpc_max_threads"]) >= 256
 
 
 def test_metrics_of_the_guide():

@@ -36,7 +36,9 @@ parser.add_argument("--port", type=int)
 parser.add_argument("--rest_api_port", type=int)
 parser.add_argument("--model_config_file")
 parser.add_argument("--file_system_poll_wait_seconds", type=float)
+parser.add_argument("--grpc_max_threads", type=int)
 args = parser.parse_args()
+assert args.grpc_max_threads >= 256
 with open(args.model_config_file) as file:
     config = text_format.Parse(
         file.read(), model_server_config_pb2.ModelServerConfig()

@@ -37,7 +37,8 @@ class ServingClient:
 
     Safe to be used by several threads at once. Requests read and change nothing on the
     server, so a request is sent again after an error that may pass: a refused or broken
-    connection, UNAVAILABLE (HTTP 503), HTTP 429.
+    connection, UNAVAILABLE (HTTP 503), RESOURCE_EXHAUSTED (HTTP 429) unless a message
+    was too large.
 
     Args:
         model: str, the model's name on the server.
