@@ -503,6 +503,14 @@ class TestSession:
             client.session()
 
 
+# TensorFlow Serving's answer to each request of a batch of unequal shapes.
+MIXED = (
+    "Tensors with name 'x:0' from different tasks have different shapes and padding is "
+    "turned off. Set pad_variable_length_inputs to true, or ensure that all tensors "
+    "with the same name have equal dimensions starting with the first dim."
+)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -546,6 +554,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(502, "<html>Bad gateway</html>")
         elif action == "answer":
             self.answer(200, {"outputs": body["inputs"]["x"]})
+        elif action == "mixed":
+            self.answer(400, {"error": MIXED})
         else:
             self.answer(action, {"error": f"error {action}"})
 
@@ -673,6 +683,17 @@ class TestRetries:
         message = "Bad gateway" if action == "text" else f"error {action}"
         assert message in str(info.value)
         assert len(rest_double.bodies) == 1
+
+    @protocols
+    def test_batch_of_unequal_shapes(self, rest_double, grpc_double, protocol):
+        double, where = rest_double, {"rest_url": rest_double.url}
+        if protocol == "grpc":
+            double, where = grpc_double, {"grpc_target": grpc_double.target}
+        mixed = "mixed" if protocol == "rest" else f"FAILED_PRECONDITION: {MIXED}"
+        double.actions = [mixed] * 2
+        with ServingClient("m", **where) as client:
+            assert client.predict({"x": [1, 2.5]})["y"].tolist() == [1, 2.5]
+        assert len(double.bodies) == 3
 
     @pytest.mark.parametrize(
         "details",
@@ -954,6 +975,8 @@ class TestLoadTest:
             (["--url", "u", "--model", "m", "--clients", "0"], "Received: 0"),
             (["--url", "u", "--model", "m", "--seconds", "-1"], "Received: -1"),
             (["--url", "u", "--model", "m", "--input", "a=b"], "Received: a=b"),
+            (["--url", "u", "--model", "m", "--pad-to", "8,4"], "Received: 8,4"),
+            (["--url", "u", "--model", "m", "--pad-to", "8,x"], "Received: 8,x"),
         ]:
             with pytest.raises(SystemExit) as info:
                 main(arguments)

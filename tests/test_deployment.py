@@ -178,7 +178,8 @@ class TestConfig:
 
     def test_batching(self):
         config = text_format.Parse(read("config/batching.config"), BatchingParameters())
-        assert config.pad_variable_length_inputs
+        # With it, a request of the wrong rank ends the server.
+        assert not config.pad_variable_length_inputs
         sizes = list(config.allowed_batch_sizes)
         assert sizes == sorted(set(sizes))
         assert sizes[0] == 1
