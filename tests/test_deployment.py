@@ -248,12 +248,36 @@ class TestCompose:
 
     def test_others(self, compose):
         for name, service in compose["services"].items():
-            if name != "tensorflow-serving":
+            if name not in ("tensorflow-serving", "front"):
                 image_version(service["image"])
-            for volume in service["volumes"]:
+            for volume in service.get("volumes", []):
                 source = volume.split(":")[0]
                 if source not in ("./models", *compose["volumes"]):
                     assert (SERVING / source).is_dir(), volume
+
+    def test_front(self, compose):
+        service = compose["services"]["front"]
+        # Not started unless it is asked for.
+        assert service["profiles"] == ["front"]
+        assert (SERVING / service["build"]["context"] / "front.py").is_file()
+        dockerfile = service["build"]["dockerfile_inline"]
+        (package,) = re.findall(r"pip install --no-cache-dir (\S+)\n", dockerfile)
+        assert package in (ROOT / "requirements.txt").read_text().split()
+        (python,) = re.findall(r"FROM python:(\S+)-slim\n", dockerfile)
+        assert (
+            f'requires-python = ">={python}"' in (ROOT / "pyproject.toml").read_text()
+        )
+        python, option, module, *arguments = service["command"]
+        assert (python, option) == ("python", "-m")
+        folder, _, name = module.partition(".")
+        assert (folder, name) == ("keras_bnrnn_client", "front")
+        assert f"COPY . /srv/{folder}\nWORKDIR /srv\n" in dockerfile
+        found = dict(argument.removeprefix("--").split("=") for argument in arguments)
+        host, port = found["target"].split(":")
+        assert flags(compose["services"][host]["command"])["port"] == port
+        address, port = found["listen"].split(":")
+        assert address == "0.0.0.0"
+        assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
 
     def test_prometheus(self, compose):
         config = yaml.safe_load(read("prometheus/prometheus.yml"))
@@ -664,11 +688,12 @@ def test_guides_name_what_there_is(name, capsys):
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / name).parent.joinpath(link).exists(), link
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-        assert re.search(rf"^#+ {anchor}$", text, re.M | re.I), anchor
+        heading = anchor.replace("-", "[ -]")
+        assert re.search(rf"^#+ {heading}$", text, re.M | re.I), anchor
     if str(SERVING) not in sys.path:
         sys.path.insert(0, str(SERVING))
-    known = {"rm", "gpus", "file"}  # of Docker
-    for module in ("rollback", "load_test"):
+    known = {"rm", "gpus", "file", "profile"}  # of Docker
+    for module in ("rollback", "load_test", "client.front"):
         with pytest.raises(SystemExit):
             importlib.import_module(module).main(["--help"])
         known |= set(re.findall(r"--([\w-]+)", capsys.readouterr().out))

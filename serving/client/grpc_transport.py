@@ -20,7 +20,7 @@ from .errors import make_error
 from .tensors import Metadata, Signature, TensorSpec, VersionStatus
 from .transport import Target
 
-_OPTIONS = [
+CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     # Retrying is the client's, which knows the deadline of the whole.
@@ -43,9 +43,11 @@ class GrpcTransport:
         self, target: str, credentials: grpc.ChannelCredentials | None
     ) -> None:
         if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
+            self._channel = grpc.secure_channel(
+                target, credentials, options=CHANNEL_OPTIONS
+            )
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(
             self._channel
         )
