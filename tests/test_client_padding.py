@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import keras
 import numpy as np
 import pytest
 
@@ -20,6 +21,9 @@ from test_client import (
     server,
     serving_client,
 )
+
+import keras_bnrnn
+from keras_bnrnn.serving import ModelServer
 
 # Fixtures; named here so that they count as used.
 __all__ = ["models", "server"]
@@ -117,6 +121,46 @@ class TestClient:
         arguments = ["--model", "rnn", "--lengths", "1-6", "--pad-to", "3,8"]
         assert main([*where, *arguments, "--smoke", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["requests"] > 10
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A server of an exported model, whose backward layer starts at the last frame."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((None, F), name="x"),
+            keras.layers.Bidirectional(keras_bnrnn.BNGRU(3, return_sequences=True)),
+            keras.layers.Dense(2, name="logits"),
+        ]
+    )
+    for weight in model.weights:
+        if weight.dtype == "float32":
+            weight.assign(keras.random.uniform(weight.shape, 0.5, 1.5))
+    directory = tmp_path_factory.mktemp("exported") / "rnn"
+    keras_bnrnn.export_saved_model(model, directory)
+    with ModelServer({"rnn": directory}, port=0, grpc_port=0) as started:
+        yield started
+
+
+@protocols
+def test_exported_model(exported, protocol, rng):
+    x = rng.normal(size=(3, 7, F)).astype("float32")
+    lengths = [7, 1, 4]
+    with (
+        connect(exported, protocol) as plain,
+        connect(exported, protocol, pad_to=[16]) as client,
+    ):
+        expected = plain.predict({"x": x, "lengths": lengths})["logits"]
+        found = client.predict({"x": x, "lengths": lengths})["logits"]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        # The frames past the end of a row matter to neither.
+        alone = plain.predict({"x": x[2:, :4], "lengths": [4]})["logits"]
+        np.testing.assert_allclose(found[2:, :4], alone, atol=1e-6)
+        empty = np.zeros([1, 0, F], "float32")
+        for either in (plain, client):
+            answer = either.predict({"x": empty, "lengths": [0]})["logits"]
+            assert answer.shape == (1, 0, 2)
 
 
 def signature(outputs=None, **inputs):
