@@ -168,17 +168,17 @@ class _Front(grpc.GenericRpcHandler):
             spec.version_label if which == "version_label" else None,
         )
         asked, signatures = self._known.get(target, (-math.inf, {}))
-        is_fixed = target.version is not None
+        is_current = target.version is not None
         if not signatures or (
-            not is_fixed and time.monotonic() - asked > _LATEST_SECONDS
+            not is_current and time.monotonic() - asked > _LATEST_SECONDS
         ):
             signatures = self._fetch(target, seconds)
-            is_fixed = True
+            is_current = True
         try:
             check_request(request, signatures, self._max_request_bytes)
         except _REFUSALS:
             # A version with other signatures may have taken over since.
-            latest = signatures if is_fixed else self._fetch(target, seconds)
+            latest = signatures if is_current else self._fetch(target, seconds)
             if latest == signatures:
                 raise
             check_request(request, latest, self._max_request_bytes)
