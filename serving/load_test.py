@@ -125,6 +125,7 @@ def _client(args):
         timeout=args.timeout,
         # What is lost under load is to be seen.
         retries=args.retries,
+        pad_to=args.pad_to,
     )
 
 
@@ -261,6 +262,13 @@ def _parse(argv):
         help="rows of a request (default %(default)s)",
     )
     parser.add_argument(
+        "--pad-to",
+        type=_sizes_to_pad_to,
+        metavar="T,T,...",
+        help="have the client pad requests to these numbers of timesteps, as a server "
+        "needs that batches and does not pad (default: none)",
+    )
+    parser.add_argument(
         "--max-integer",
         type=int,
         default=9,
@@ -341,6 +349,15 @@ def _range(text):
             f"must be MIN-MAX, 1 <= MIN <= MAX. Received: {text}"
         )
     return low, high
+
+
+def _sizes_to_pad_to(text):
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+    if sizes[0] < 1 or sizes != sorted(set(sizes)):
+        raise argparse.ArgumentTypeError(
+            f"must be positive integers in ascending order. Received: {text}"
+        )
+    return sizes
 
 
 def _input(text):

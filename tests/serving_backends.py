@@ -11,8 +11,11 @@ environment variables choose TensorFlow Serving in its place:
     A server that runs already: `http://host:port`, `host:port`, and a directory that
     this machine and the server see under the same path. The tests copy their models
     into `TF_SERVING_MODEL_DIR/NAME`, where NAME is one of `MODEL_NAMES`, and take them
-    away after. `write_config(TF_SERVING_MODEL_DIR)` writes the configuration that the
-    server needs; it must be started with `--file_system_poll_wait_seconds=1`.
+    away after. Call `write_config(TF_SERVING_MODEL_DIR)` before each start of the
+    server: it writes the configuration that the server needs, and a version 1 for each
+    model that has none. TensorFlow Serving opens no port while a model of its
+    configuration has no version. Start it with `--file_system_poll_wait_seconds=1`
+    and `--grpc_max_threads=256`.
 
 A test that asks for what only the embedded server has, or for its own words, is marked
 `@embedded_only`.
@@ -30,6 +33,7 @@ import time
 
 import httpx
 import pytest
+import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
@@ -90,8 +94,9 @@ def write_config(directory, names=MODEL_NAMES, path=None):
     """Writes the `--model_config_file` of a TensorFlow Serving.
 
     Args:
-        directory: path that holds the base directory of each model under its name,
-            or a dict of model name -> base directory.
+        directory: path that holds the base directory of each model under its name;
+            a model without a version gets one. Or a dict of model name -> base
+            directory, which are left as they are.
         names: the models' names.
         path: path of the file; None: `directory/models.config`.
 
@@ -101,6 +106,8 @@ def write_config(directory, names=MODEL_NAMES, path=None):
     if not isinstance(directory, dict):
         path = path or pathlib.Path(directory) / "models.config"
         directory = {name: pathlib.Path(directory) / name for name in names}
+        for base in directory.values():
+            _seed(base)
     config = model_server_config_pb2.ModelServerConfig()
     for name, base in directory.items():
         config.model_config_list.config.add(
@@ -108,6 +115,17 @@ def write_config(directory, names=MODEL_NAMES, path=None):
         )
     pathlib.Path(path).write_text(text_format.MessageToString(config))
     return path
+
+
+def _seed(base_directory):
+    """Saves a version 1, unless there is a version."""
+    if any(base_directory.glob("[0-9]*")):
+        return
+    module = tf.Module()
+    module.run = tf.function(
+        lambda x: {"y": x}, input_signature=[tf.TensorSpec([None], tf.float32, "x")]
+    )
+    tf.saved_model.save(module, str(base_directory / "1"), module.run)
 
 
 @contextlib.contextmanager
@@ -130,6 +148,8 @@ def _binary(binary, models):
             f"--rest_api_port={rest_port}",
             f"--model_config_file={write_config(models, path=config)}",
             "--file_system_poll_wait_seconds=1",
+            # The default refuses most of the concurrent requests of the load tests.
+            "--grpc_max_threads=256",
         ]
         log = pathlib.Path(directory, "log")
         with log.open("wb") as output:

@@ -503,6 +503,14 @@ class TestSession:
             client.session()
 
 
+# TensorFlow Serving's answer to each request of a batch of unequal shapes.
+MIXED = (
+    "Tensors with name 'x:0' from different tasks have different shapes and padding is "
+    "turned off. Set pad_variable_length_inputs to true, or ensure that all tensors "
+    "with the same name have equal dimensions starting with the first dim."
+)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -546,6 +554,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(502, "<html>Bad gateway</html>")
         elif action == "answer":
             self.answer(200, {"outputs": body["inputs"]["x"]})
+        elif action == "mixed":
+            self.answer(400, {"error": MIXED})
         else:
             self.answer(action, {"error": f"error {action}"})
 
@@ -589,7 +599,8 @@ class Prediction(prediction_service_pb2_grpc.PredictionServiceServicer):
         if action == "hang":
             self.hanging.wait(30)
         elif action != "answer":
-            context.abort(getattr(grpc.StatusCode, action), f"error {action}")
+            code, _, details = action.partition(": ")
+            context.abort(getattr(grpc.StatusCode, code), details or f"error {action}")
         response = predict_pb2.PredictResponse()
         response.outputs["y"].CopyFrom(request.inputs["x"])
         return response
@@ -673,11 +684,82 @@ class TestRetries:
         assert message in str(info.value)
         assert len(rest_double.bodies) == 1
 
+    @protocols
+    def test_batch_of_unequal_shapes(self, rest_double, grpc_double, protocol):
+        double, where = rest_double, {"rest_url": rest_double.url}
+        if protocol == "grpc":
+            double, where = grpc_double, {"grpc_target": grpc_double.target}
+        mixed = "mixed" if protocol == "rest" else f"FAILED_PRECONDITION: {MIXED}"
+        double.actions = [mixed] * 2
+        with ServingClient("m", **where) as client:
+            assert client.predict({"x": [1, 2.5]})["y"].tolist() == [1, 2.5]
+        assert len(double.bodies) == 3
+
+    @pytest.mark.parametrize(
+        "details",
+        [
+            # What TensorFlow Serving answers beyond --grpc_max_threads.
+            "Server Threadpool Exhausted",
+            "OOM when allocating tensor",
+        ],
+    )
+    def test_grpc_resource_exhausted(self, grpc_double, details):
+        grpc_double.actions = [f"RESOURCE_EXHAUSTED: {details}"] * 2
+        with ServingClient("m", grpc_target=grpc_double.target) as client:
+            assert client.predict({"x": [1, 2.5]})["y"].tolist() == [1, 2.5]
+        assert len(grpc_double.bodies) == 3
+        grpc_double.actions = [f"RESOURCE_EXHAUSTED: {details}"] * 9
+        with (
+            ServingClient("m", grpc_target=grpc_double.target, retries=1) as client,
+            pytest.raises(serving_client.ServingError, match=details) as info,
+        ):
+            client.predict({"x": [1]})
+        assert info.value.code == "RESOURCE_EXHAUSTED"
+        assert len(grpc_double.bodies) == 5
+
+    def test_grpc_message_that_is_too_large(self, models, monkeypatch):
+        transport = importlib.import_module(f"{serving_client.__name__}.grpc_transport")
+        calls = []
+        call = transport._call
+
+        def count(method, request, seconds):
+            calls.append(request)
+            return call(method, request, seconds)
+
+        monkeypatch.setattr(transport, "_call", count)
+        inputs = {"x": np.zeros([1, 10_000, F]), "lengths": [1]}
+        with (
+            ModelServer(
+                models, port=0, grpc_port=0, max_request_bytes=100_000
+            ) as server,
+            connect(server, "grpc") as client,
+        ):
+            client.metadata()
+            calls.clear()
+            with pytest.raises(
+                serving_client.ServingError, match="message larger than max"
+            ) as info:
+                client.predict(inputs)
+        assert info.value.code == "RESOURCE_EXHAUSTED"
+        assert not info.value.retriable
+        assert len(calls) == 1
+
     @pytest.mark.parametrize(
         "action, kind",
         [
             ("INVALID_ARGUMENT", "InvalidRequest"),
-            ("RESOURCE_EXHAUSTED", "ServingError"),
+            (
+                "RESOURCE_EXHAUSTED: Received message larger than max (9 vs. 4)",
+                "ServingError",
+            ),
+            (
+                "RESOURCE_EXHAUSTED: received metadata size exceeds hard limit",
+                "ServingError",
+            ),
+            (
+                "RESOURCE_EXHAUSTED: `x` must take at most 9 bytes. Received: [99]",
+                "ServingError",
+            ),
             ("INTERNAL", "ServingError"),
         ],
     )
@@ -689,7 +771,8 @@ class TestRetries:
         ):
             client.predict({"x": [1]})
         assert type(info.value).__name__ == kind
-        assert (info.value.code, info.value.http_status) == (action, None)
+        code = action.partition(":")[0]
+        assert (info.value.code, info.value.http_status) == (code, None)
         assert len(grpc_double.bodies) == 1
 
     def test_number_of_retries(self, rest_double):
@@ -892,6 +975,8 @@ class TestLoadTest:
             (["--url", "u", "--model", "m", "--clients", "0"], "Received: 0"),
             (["--url", "u", "--model", "m", "--seconds", "-1"], "Received: -1"),
             (["--url", "u", "--model", "m", "--input", "a=b"], "Received: a=b"),
+            (["--url", "u", "--model", "m", "--pad-to", "8,4"], "Received: 8,4"),
+            (["--url", "u", "--model", "m", "--pad-to", "8,x"], "Received: 8,x"),
         ]:
             with pytest.raises(SystemExit) as info:
                 main(arguments)

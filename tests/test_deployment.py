@@ -175,7 +175,8 @@ class TestConfig:
 
     def test_batching(self):
         config = text_format.Parse(read("config/batching.config"), BatchingParameters())
-        assert config.pad_variable_length_inputs
+        # With it, a request of the wrong rank ends the server.
+        assert not config.pad_variable_length_inputs
         sizes = list(config.allowed_batch_sizes)
         assert sizes == sorted(set(sizes))
         assert sizes[0] == 1
@@ -200,6 +201,8 @@ def flags(arguments):
 
 def check_flags(found, with_models=True):
     assert found["enable_batching"] == "true"
+    # The default, 4 for each core, refuses most requests of 32 clients on 2 cores.
+    assert int(found["grpc_max_threads"]) >= 256
     files = ["batching_parameters_file", "monitoring_config_file"]
     if with_models:
         files.append("model_config_file")
@@ -242,12 +245,36 @@ class TestCompose:
 
     def test_others(self, compose):
         for name, service in compose["services"].items():
-            if name != "tensorflow-serving":
+            if name not in ("tensorflow-serving", "front"):
                 image_version(service["image"])
-            for volume in service["volumes"]:
+            for volume in service.get("volumes", []):
                 source = volume.split(":")[0]
                 if source not in ("./models", *compose["volumes"]):
                     assert (SERVING / source).is_dir(), volume
+
+    def test_front(self, compose):
+        service = compose["services"]["front"]
+        # Not started unless it is asked for.
+        assert service["profiles"] == ["front"]
+        assert (SERVING / service["build"]["context"] / "front.py").is_file()
+        dockerfile = service["build"]["dockerfile_inline"]
+        (package,) = re.findall(r"pip install --no-cache-dir (\S+)\n", dockerfile)
+        assert package in (ROOT / "requirements.txt").read_text().split()
+        (python,) = re.findall(r"FROM python:(\S+)-slim\n", dockerfile)
+        assert (
+            f'requires-python = ">={python}"' in (ROOT / "pyproject.toml").read_text()
+        )
+        python, option, module, *arguments = service["command"]
+        assert (python, option) == ("python", "-m")
+        folder, _, name = module.partition(".")
+        assert (folder, name) == ("keras_bnrnn_client", "front")
+        assert f"COPY . /srv/{folder}\nWORKDIR /srv\n" in dockerfile
+        found = dict(argument.removeprefix("--").split("=") for argument in arguments)
+        host, port = found["target"].split(":")
+        assert flags(compose["services"][host]["command"])["port"] == port
+        address, port = found["listen"].split(":")
+        assert address == "0.0.0.0"
+        assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
 
     def test_prometheus(self, compose):
         config = yaml.safe_load(read("prometheus/prometheus.yml"))
@@ -658,16 +685,24 @@ def test_guides_name_what_there_is(name, capsys):
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / name).parent.joinpath(link).exists(), link
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-        assert re.search(rf"^#+ {anchor}$", text, re.M | re.I), anchor
+        heading = anchor.replace("-", "[ -]")
+        assert re.search(rf"^#+ {heading}$", text, re.M | re.I), anchor
     if str(SERVING) not in sys.path:
         sys.path.insert(0, str(SERVING))
-    known = {"rm", "gpus", "file"}  # of Docker
-    for module in ("rollback", "load_test"):
+    known = {"rm", "gpus", "file", "profile"}  # of Docker
+    for module in ("rollback", "load_test", "client.front"):
         with pytest.raises(SystemExit):
             importlib.import_module(module).main(["--help"])
         known |= set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
     used = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", text))
     assert used <= known | FLAGS, used - known - FLAGS
+
+
+def test_docker_run_of_the_guide_has_threads_for_the_clients():
+    text = (ROOT / "docs/serving.md").read_text()
+    (command,) = re.findall(r"```\n(docker run .*?)```", text, re.S)
+    arguments = command.split("tensorflow/serving:")[1].split()[1:]
+    assert int(flags(arguments)["grpc_max_threads"]) >= 256
 
 
 def test_metrics_of_the_guide():

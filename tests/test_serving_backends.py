@@ -12,7 +12,14 @@ pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from serving_backends import copy_version, served, states, wait_for, write_config
+from serving_backends import (
+    MODEL_NAMES,
+    copy_version,
+    served,
+    states,
+    wait_for,
+    write_config,
+)
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
 from keras_bnrnn.serving import ModelServer
@@ -29,7 +36,9 @@ parser.add_argument("--port", type=int)
 parser.add_argument("--rest_api_port", type=int)
 parser.add_argument("--model_config_file")
 parser.add_argument("--file_system_poll_wait_seconds", type=float)
+parser.add_argument("--grpc_max_threads", type=int)
 args = parser.parse_args()
+assert args.grpc_max_threads >= 256
 with open(args.model_config_file) as file:
     config = text_format.Parse(
         file.read(), model_server_config_pb2.ModelServerConfig()
@@ -117,6 +126,9 @@ def test_running_server_reads_copies(exported, tmp_path, monkeypatch):
     base.mkdir()
     copy_version(exported / "1", base)
     assert "double" in write_config(tmp_path).read_text()
+    # TensorFlow Serving would open no port while a model has no version.
+    for name in MODEL_NAMES:
+        assert (tmp_path / name / "1" / "saved_model.pb").is_file()
     server = ModelServer({"double": base}, port=0, grpc_port=0, poll_seconds=0.05)
     with server:
         monkeypatch.setenv("TF_SERVING_REST_URL", server.url)

@@ -23,7 +23,7 @@ class RestError(Exception):
 
     Args:
         status: int, the HTTP status.
-        message: str, what the client reads under `error`.
+        message: str, what the client reads under `error`; None for an empty body.
     """
 
     def __init__(self, status, message):
@@ -60,8 +60,7 @@ class PredictRequest:
             RestError: 400 if it is not JSON of a predict request's form.
         """
         try:
-            # A byte order mark is skipped; NaN, Infinity and -Infinity are numbers.
-            content = json.loads(body.decode("utf-8-sig"))
+            content = _loads(body)
         # ValueError is also the parent of the UTF-8 and JSON errors.
         except (ValueError, RecursionError) as error:
             raise RestError(400, f"JSON Parse error: {error}") from error
@@ -182,7 +181,8 @@ class PredictRequest:
                     f"multiple input tensors required: {_names(infos)}",
                 )
             return {next(iter(infos)): self.values}
-        if set(self.values) != set(infos):
+        # Further keys are ignored, as in TensorFlow Serving.
+        if not set(infos) <= set(self.values):
             raise RestError(
                 400,
                 f"'inputs' must have the keys: {_names(infos)}. "
@@ -239,16 +239,53 @@ def dumps(value):
     return text.encode("utf-8", "replace")
 
 
+def _loads(body):
+    """Parses JSON as RapidJSON does for TensorFlow Serving.
+
+    NaN, Infinity and -Infinity are numbers, and a byte order mark is skipped.
+    """
+    return json.loads(
+        body.decode("utf-8-sig"),
+        parse_float=_parse_float,
+        parse_int=_parse_int,
+        object_pairs_hook=_keep_first,
+    )
+
+
+def _parse_float(text):
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {_short(text)} is too big for a double")
+    return value
+
+
+def _parse_int(text):
+    value = int(text)
+    # An integer beyond 64 bits counts as a float.
+    return value if -(2**63) <= value < 2**64 else _parse_float(text)
+
+
+def _keep_first(pairs):
+    """Makes a dict of which a repeated key has its first value."""
+    content = {}
+    for key, value in pairs:
+        content.setdefault(key, value)
+    return content
+
+
 def _to_array(value, name, info):
-    shape = _dense_shape(value)
     expected = tf.TensorShape(info.tensor_shape)
+    nesting = shape = _dense_shape(value)
+    if shape[-1:] == (0,) and expected.rank is not None:
+        # JSON has no sizes behind an empty list; the signature has.
+        shape += tuple(size or 0 for size in expected.as_list()[len(shape) :])
     # NumPy has no arrays of more dimensions, should the signature not say how many.
     if not expected.is_compatible_with(shape) or len(shape) > 32:
         raise RestError(
             400,
             f"`{name}` must have the shape {expected}. Received: shape={list(shape)}",
         )
-    leaves = _flatten(value, shape, name)
+    leaves = _flatten(value, nesting, name)
     dtype = tf.dtypes.as_dtype(info.dtype)
     return _convert(leaves, dtype, name, shape).reshape(shape)
 
@@ -293,18 +330,10 @@ def _describe(item):
 
 def _convert(leaves, dtype, name, shape):
     if dtype.name in _FLOATS:
-        # Integers that the dtype would round are refused; those beyond 64 bits count
-        # as floats, as they do in TensorFlow Serving's JSON parser.
-        limits = np.finfo(dtype.as_numpy_dtype)
-        exact, largest = 2 ** (limits.nmant + 1), float(limits.max)
-
-        def fits(leaf):
-            if type(leaf) is int and -(2**63) <= leaf < 2**64:
-                return -exact < leaf < exact
-            return not abs(leaf) > largest or leaf in (math.inf, -math.inf)
-
-        _check_leaves(leaves, {int, float}, fits, dtype, name, shape)
-        return np.array(leaves, dtype.as_numpy_dtype)
+        _check_leaves(leaves, {int, float}, None, dtype, name, shape)
+        # By way of doubles, and rounded to infinity, as in TensorFlow Serving.
+        with np.errstate(over="ignore"):
+            return np.array(leaves, np.float64).astype(dtype.as_numpy_dtype)
     if dtype.name in _INTEGERS:
         low, high = dtype.min, dtype.max
         _check_leaves(leaves, {int}, lambda i: low <= i <= high, dtype, name, shape)

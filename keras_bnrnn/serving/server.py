@@ -4,6 +4,7 @@ import logging
 import socket
 import threading
 import time
+import zlib
 
 try:
     import tensorflow as tf
@@ -30,6 +31,9 @@ _logger = logging.getLogger(__name__)
 
 # Requests in flight get this long to finish after `stop()`.
 _GRACE_SECONDS = 30
+
+# The `wbits` of zlib that stand for the gzip format.
+_GZIP = 31
 
 # The same table as TensorFlow Serving's: error code of TensorFlow -> HTTP status.
 _HTTP_STATUS = {
@@ -128,10 +132,9 @@ class ModelServer:
 
     Reference: https://www.tensorflow.org/tfx/serving/api_rest. It differs from
     TensorFlow Serving in what it leaves out: classify, regress and multi-inference,
-    batching, reloading its configuration; and in refusing what TensorFlow Serving
-    lets pass: names of inputs that the signature does not have, shapes that its
-    signature excludes, integers beyond the input's dtype, output strings that are not
-    UTF-8. A gRPC request that cannot be parsed is answered with INVALID_ARGUMENT.
+    batching, reloading its configuration. It refuses what TensorFlow Serving lets
+    pass: shapes that the signature excludes, integers beyond the dtype of the input,
+    output strings that are not UTF-8. `docs/serving.md` lists further differences.
     """
 
     def __init__(
@@ -327,6 +330,9 @@ class ModelServer:
             Route(path, self._answer_metrics, methods=["GET"])
             for path in ("/metrics", "/monitoring/prometheus/metrics")
         ]
+        for route in routes:
+            # Starlette adds HEAD to GET; TensorFlow Serving refuses it.
+            route.methods.discard("HEAD")
         app = Starlette(
             routes=routes, exception_handlers={HTTPException: _answer_unknown_path}
         )
@@ -350,12 +356,15 @@ class ModelServer:
 
     async def _predict(self, request, record):
         body = await self._read(request)
+        is_gzip = "gzip" in request.headers.get("content-encoding", "")
         # Parsing, the model and writing all block: none of them on the event loop.
         return await run_in_threadpool(
-            self._predict_blocking, _model_spec(request), body, record
+            self._predict_blocking, _model_spec(request), body, is_gzip, record
         )
 
-    def _predict_blocking(self, model_spec, body, record):
+    def _predict_blocking(self, model_spec, body, is_gzip, record):
+        if is_gzip:
+            body = self._decompress(body)
         predict_request = rest.PredictRequest.parse(body)
         servable = self._models.find(model_spec, record)
         inputs = predict_request.inputs(servable.signatures)
@@ -385,12 +394,36 @@ class ModelServer:
             else:
                 chunks.append(chunk)
         if size > self.max_request_bytes:
-            raise rest.RestError(
-                413,
-                f"The request body must be at most {self.max_request_bytes} bytes. "
-                f"Received: {size} bytes",
-            )
+            raise self._too_large(f"{size} bytes")
         return b"".join(chunks)
+
+    def _decompress(self, body):
+        decompressor = zlib.decompressobj(wbits=_GZIP)
+        try:
+            # One byte more than allowed, and never all that a small body can hold.
+            content = decompressor.decompress(body, self.max_request_bytes + 1)
+        except zlib.error as error:
+            raise rest.RestError(
+                400,
+                "The request body must be gzip, as its Content-Encoding says. "
+                f"Received: {body[:20]!r}, which fails with: {error}",
+            ) from error
+        if len(content) > self.max_request_bytes:
+            raise self._too_large("a body of gzip that holds more")
+        if not decompressor.eof:
+            raise rest.RestError(
+                400,
+                "The request body must be gzip, as its Content-Encoding says. "
+                f"Received: {len(body)} bytes, which end too early",
+            )
+        return content
+
+    def _too_large(self, received):
+        return rest.RestError(
+            413,
+            f"The request body must be at most {self.max_request_bytes} bytes. "
+            f"Received: {received}",
+        )
 
 
 def _check_models(models):
@@ -434,14 +467,15 @@ def _is_int(value):
 
 def _model_spec(request):
     params = request.path_params
+    if any(":" in params.get(key, "") for key in ("name", "label")):
+        raise rest.RestError(400, _malformed(request))
     spec = model_pb2.ModelSpec(name=params["name"])
     if "version" in params:
         try:
             spec.version.value = params["version"]
         except ValueError as error:
-            raise rest.RestError(
-                400, f"Failed to convert version: {params['version']} to numeric."
-            ) from error
+            # TensorFlow Serving answers with an empty body.
+            raise rest.RestError(400, None) from error
     if "label" in params:
         spec.version_label = params["label"]
     return spec
@@ -463,6 +497,8 @@ def _answer_error(error, method):
         status, message = 499, "The client closed the connection"
     else:
         _logger.error("A %s request failed", method, exc_info=error)
+    if message is None:
+        return Response(status_code=status, media_type="application/json")
     return _json_response({"error": message}, status)
 
 
@@ -470,5 +506,10 @@ async def _answer_unknown_path(request, error):
     path = request.url.path
     if not path.startswith("/v1/"):
         return _json_response({"error": f"Not found: {path}"}, 404)
-    message = f"Malformed request: {request.method} {path}"
-    return _json_response({"error": message}, 400)
+    # TensorFlow Serving answers OPTIONS with an empty body.
+    message = None if request.method == "OPTIONS" else _malformed(request)
+    return _answer_error(rest.RestError(400, message), request.method)
+
+
+def _malformed(request):
+    return f"Malformed request: {request.method} {request.url.path}"

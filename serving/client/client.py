@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import (
@@ -16,6 +16,7 @@ from .errors import (
     SignatureNotFound,
     Unavailable,
 )
+from .padding import LENGTHS, check_pad_to, cut, fit_and_pad
 from .retries import Deadline, call_with_retries
 from .tensors import Metadata, Signature, VersionStatus
 from .transport import Target, Transport
@@ -37,7 +38,8 @@ class ServingClient:
 
     Safe to be used by several threads at once. Requests read and change nothing on the
     server, so a request is sent again after an error that may pass: a refused or broken
-    connection, UNAVAILABLE (HTTP 503), HTTP 429.
+    connection, UNAVAILABLE (HTTP 503), RESOURCE_EXHAUSTED (HTTP 429) unless a message
+    was too large, and a refusal for the shape of another request in the same batch.
 
     Args:
         model: str, the model's name on the server.
@@ -51,9 +53,16 @@ class ServingClient:
             Default 10.
         retries: non-negative int, how many times to send a request again. Default 3.
         grpc_credentials: `grpc.ChannelCredentials` for TLS. Default `None`: none.
+        pad_to: positive ints in ascending order, numbers of timesteps. The inputs of a
+            signature that has `lengths` are padded with zeros to the first of them that
+            is large enough, or to a multiple of the last one. Outputs per frame are cut
+            back to the frames of the request, and `lengths` may be left out where all
+            frames are real. Use one number for all clients of a server that batches
+            requests and does not pad them. Default `None`: inputs are sent as they are.
 
     Attributes:
         model, version, label, timeout, retries: as given.
+        pad_to: as given, a tuple.
 
     Raises:
         ValueError: for an argument out of range.
@@ -78,6 +87,7 @@ class ServingClient:
         timeout: float = 10.0,
         retries: int = 3,
         grpc_credentials: grpc.ChannelCredentials | None = None,
+        pad_to: Sequence[int] | None = None,
     ) -> None:
         _check_arguments(model, rest_url, grpc_target, version, label)
         _check_timeout(timeout)
@@ -90,6 +100,7 @@ class ServingClient:
         self.label = label
         self.timeout = timeout
         self.retries = retries
+        self.pad_to = check_pad_to(pad_to)
         self._transport = _make_transport(rest_url, grpc_target, grpc_credentials)
         self._metadata: Metadata | None = None
 
@@ -258,13 +269,18 @@ class ServingClient:
         deadline: Deadline,
     ) -> dict[str, np.ndarray]:
         signature = find_signature(metadata, name, self.model)
-        arrays = signature.fit(inputs)
+        timesteps = padded = 0
+        if self.pad_to is not None and LENGTHS in signature.inputs:
+            arrays, timesteps, padded = fit_and_pad(signature, inputs, self.pad_to)
+        else:
+            arrays = signature.fit(inputs)
         request = self._transport.encode(self._target, name, signature, arrays)
-        return call_with_retries(
+        outputs = call_with_retries(
             lambda seconds: self._transport.predict(request, signature, seconds),
             deadline,
             self.retries,
         )
+        return cut(signature, outputs, timesteps, padded)
 
     def _fetch_metadata(self, deadline: Deadline) -> Metadata:
         self._metadata = call_with_retries(

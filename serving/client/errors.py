@@ -69,10 +69,16 @@ def make_error(
         retriable: bool.
 
     Returns:
-        A `ServingError` of the class that fits the code.
+        A `ServingError` of the class that fits the code. It is retriable, too, if the
+        request was refused for the shape of another one in its batch.
     """
+    retriable = retriable or _OF_A_BATCH in message
     return _CLASSES.get(code, ServingError)(message, code, http_status, retriable)
 
+
+# TensorFlow Serving's words for a batch of unequal shapes, all of whose requests it
+# refuses.
+_OF_A_BATCH = "from different tasks have different shapes and padding is turned off"
 
 _CLASSES: dict[str, type[ServingError]] = {
     "DEADLINE_EXCEEDED": DeadlineExceeded,

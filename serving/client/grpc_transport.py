@@ -1,5 +1,6 @@
 """TensorFlow Serving's gRPC services."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from .errors import make_error
 from .tensors import Metadata, Signature, TensorSpec, VersionStatus
 from .transport import Target
 
-_OPTIONS = [
+CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     # Retrying is the client's, which knows the deadline of the whole.
@@ -42,9 +43,11 @@ class GrpcTransport:
         self, target: str, credentials: grpc.ChannelCredentials | None
     ) -> None:
         if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
+            self._channel = grpc.secure_channel(
+                target, credentials, options=CHANNEL_OPTIONS
+            )
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(
             self._channel
         )
@@ -113,12 +116,23 @@ def _call(method: Callable[..., Any], request: Any, seconds: float) -> Any:
         return method(request, timeout=seconds)
     except grpc.RpcError as error:
         code = error.code()
+        details = error.details() or ""
         raise make_error(
-            error.details() or "",
-            code.name,
-            retriable=code is grpc.StatusCode.UNAVAILABLE,
+            details, code.name, retriable=_is_transient(code, details)
         ) from error
 
+
+def _is_transient(code: grpc.StatusCode, details: str) -> bool:
+    """Whether the same request may succeed a moment later."""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # Most of them tell that the server has no thread left for the request. A
+        # request or an answer that is too large stays so.
+        return not _TOO_LARGE.search(details)
+    return code is grpc.StatusCode.UNAVAILABLE
+
+
+# The words of gRPC for messages and metadata, and those of the local server.
+_TOO_LARGE = re.compile("larger than max|size exceeds|must take at most")
 
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
