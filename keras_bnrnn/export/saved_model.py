@@ -74,7 +74,11 @@ def export_saved_model(
     can come one by one. States are float32 tensors (B, U), named by layer: `lstm_h`
     and `lstm_c` for an LSTM named `lstm`, `_h` alone for the others. A client passes
     them on from answer to request, with `t`, an int32 tensor (B,), the number of frames
-    that came so far. A request whose states have another batch size fails.
+    that came so far.
+
+    TensorFlow Serving does not compare a request with a signature's shapes, so the
+    graph does: an input of another rank or size, or of another batch size than the
+    first sequence, fails with `INVALID_ARGUMENT` and a text that names it.
 
     Before the version is published, it is loaded again: its operations must be those
     that TensorFlow Serving has, its warm-up requests are answered, and on random
