@@ -364,7 +364,7 @@ def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
         ]
     )
     randomize_model(fixed, rng)
-    serve = serving(export_saved_model(fixed, tmp_path / "fixed"))
+    serve = serving(export_saved_model(fixed, tmp_path / "fixed", lengths=True))
     x = rng.normal(size=(1, 6, 3)).astype("float32")
     y = serve(x=tf.constant(x), lengths=tf.constant([2]))["y"]
     mask = np.arange(6)[None] < 2

@@ -86,7 +86,7 @@ def export(kind, rng, directory):
             "serving_default": {"ids": ids, "lengths": lengths},
         }
     if kind == "one size":
-        path = export_saved_model(of_one_size(rng), directory)
+        path = export_saved_model(of_one_size(rng), directory, lengths=True)
         return path, {"serving_default": {"x": x, "lengths": lengths}}
     batch_size = ROWS if kind == "fixed batch" else None
     model = tracker(rng, batch_size)

@@ -22,6 +22,7 @@ def write_manifest(
     version_directory,
     model,
     layers,
+    lengths,
     streaming,
     quantize,
     xla_buckets,
@@ -34,6 +35,7 @@ def write_manifest(
         version_directory: Path of the SavedModel.
         model: The model that was exported.
         layers: List of `FoldedLayer`.
+        lengths: Whether whole sequences come with `lengths`.
         streaming: Dict, whether the model is causal and why not.
         quantize: Dict of names of weights by their type, or `None`.
         xla_buckets: List of `(B, T)`.
@@ -47,6 +49,7 @@ def write_manifest(
         "versions": _versions(),
         **describe(version_directory),
         "layers": [layer._asdict() for layer in layers],
+        "lengths": lengths,
         "streaming": streaming,
         "quantize": quantize,
         "xla_buckets": xla_buckets,

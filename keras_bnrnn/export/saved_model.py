@@ -43,6 +43,7 @@ def export_saved_model(
     directory,
     version=None,
     *,
+    lengths=None,
     streaming="auto",
     text_front_end=None,
     signatures=None,
@@ -55,20 +56,21 @@ def export_saved_model(
 
     | signature | inputs | outputs |
     |---|---|---|
-    | `serving_default`, `serve` | the model's inputs, `lengths` | the model's outputs |
+    | `serving_default`, `serve` | the model's inputs, maybe `lengths` | its outputs |
     | `step` | one frame (B, ...), states, `t` | outputs, states, `t` + 1 |
-    | `chunk` | as `serve`, states, `t` | outputs, states, `t`, `lengths` |
+    | `chunk` | inputs, `lengths`, states, `t` | outputs, states, `t`, `lengths` |
     | `initial_state` | the first input, any (B, ...) | states of zeros, `t` = 0 |
     | `text` | `text`, strings (B,) | see `TextFrontEnd` |
     | `generate` | `prompt`, `max_tokens`, `temperature`, `seed` | `text` |
-    | `serve_xla` | as `serve` | as `serve` |
+    | `serve_xla` | inputs, `lengths` | as `serve` |
 
     `lengths` is an int32 tensor (B,) with the number of valid frames of each row,
-    clamped to 0..T. Frames past a row's length have no effect, whatever they hold, NaN
-    included. Floats leave as float32; an output with a frame for each input frame is
-    zero past the lengths, in a model whose T is free. The batch size and T are as free
-    as the model has them. But for `serve_xla` the graph holds no XLA, no cuDNN kernel,
-    no Keras and no optimizer, so that it loads anywhere.
+    clamped to 0..T. `serve` takes it or not, as the argument `lengths` says; `chunk`
+    and `serve_xla` always do. Frames past a row's length have no effect, whatever they
+    hold, NaN included. Floats leave as float32; an output with a frame for each input
+    frame is zero past the lengths, in a model whose T is free. The batch size and T are
+    as free as the model has them. But for `serve_xla` the graph holds no XLA, no
+    cuDNN kernel, no Keras and no optimizer, so that it loads anywhere.
 
     `step`, `chunk` and `initial_state` are there if the model is causal: if its frames
     can come one by one. States are float32 tensors (B, U), named by layer: `lstm_h`
@@ -90,8 +92,8 @@ def export_saved_model(
     Inputs have the names of the `keras.Input`s, outputs those of the layers that they
     come from, numbered where a layer gives several; for a model of dicts, their keys.
     A single input that was given no name is called `inputs`. The lengths are those of
-    every input with timesteps (whose T is free, if there are such): a request in
-    which these differ in T fails.
+    every input with timesteps (whose T is free, if there are such): a request with
+    `lengths` in which these differ in T fails.
 
     A mask reaches a layer as it does in Keras, only that `Embedding` and `Masking`
     join theirs to that of the lengths. Past a layer which destroys masks
@@ -106,6 +108,12 @@ def export_saved_model(
         directory: Path of the model, which holds its versions; made if need be.
         version: Non-negative int. `None` (default): one above the highest there,
             from 1.
+        lengths: Whether `serving_default` and `serve` take `lengths`. Without, every
+            frame counts, but for those that the model itself masks by their value; so
+            a server must not pad requests to batch them. Sequences whose T is free
+            then need not have the same T. `None` (default): `True` if T is free, or if
+            a layer creates a mask: `Masking`, or one with `mask_zero=True`. `True` is
+            an error for several sequences of unequal fixed T.
         streaming: Whether to write `step`, `chunk` and `initial_state`. `"auto"`
             (default): if the model is causal. `True`: an error if it is not.
         text_front_end: A `keras_bnrnn.export.TextFrontEnd`, or a tokenizer to make one
@@ -114,7 +122,8 @@ def export_saved_model(
             `predict` and returns a `tf.Module` whose `__call__` is a `tf.function`
             with an `input_signature` and returns a dict of tensors. The module keeps
             its tables and assets. `predict(inputs, lengths)` takes a dict of tensors
-            and returns one, as `serving_default` does.
+            and returns one, as `serving_default` does; with `lengths=None` every frame
+            counts.
         warmup: Requests that TensorFlow Serving runs before the version is available,
             at most 1000: a list of dicts of arrays for `serving_default`, or a dict
             of such lists by signature. `"auto"` (default): small random ones for each
@@ -159,7 +168,7 @@ def export_saved_model(
     require_built_graph(model, "`export_saved_model`")
     _refuse_stateful(model)
     _check_version(version)
-    _check_options(streaming, quantize, provenance)
+    _check_options(lengths, streaming, quantize, provenance)
     xla_buckets = check_buckets(xla_buckets)
     if "://" in os.fspath(directory):
         raise ValueError(
@@ -171,7 +180,7 @@ def export_saved_model(
         _refuse_existing(directory, version)
 
     folded, layers = fold(model, return_report=True)
-    served = ServedModel(folded)
+    served = ServedModel(folded, lengths)
     functions, reason = _traced(served, streaming)
     halved = None
     if quantize == "float16":
@@ -207,6 +216,7 @@ def export_saved_model(
             path,
             model=model,
             layers=layers,
+            lengths=served.takes_lengths,
             streaming={"causal": reason is None, "because": reason},
             quantize=halved,
             xla_buckets=xla_buckets,
@@ -289,7 +299,11 @@ def _refuse_stateful(model):
             )
 
 
-def _check_options(streaming, quantize, provenance):
+def _check_options(lengths, streaming, quantize, provenance):
+    if lengths is not None and not isinstance(lengths, bool):
+        raise ValueError(
+            f"`lengths` must be True, False or None. Received: lengths={lengths!r}"
+        )
     if streaming not in ("auto", True, False):
         raise ValueError(
             "`streaming` must be 'auto', True or False. "

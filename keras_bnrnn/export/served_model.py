@@ -63,14 +63,23 @@ class ServedModel:
     Attributes:
         inputs: Dict from name to `KerasTensor`.
         sequences: The names of those with timesteps.
+        takes_lengths: Whether whole sequences come with `lengths`.
         outputs: The names of the outputs.
         per_step: For each output, whether it has a frame for each input frame.
         reverses_time: The name of a layer that hands sequences on in reverse, so that
             padding comes first; `None` if there is none.
         model: The copy of the folded model that runs.
+
+    Args:
+        folded: A folded model.
+        lengths: Bool, whether whole sequences come with `lengths`. `None` (default):
+            if T is free, or if a layer creates a mask.
+
+    Raises:
+        ValueError: If `lengths` is True for sequences of unequal fixed T.
     """
 
-    def __init__(self, folded):
+    def __init__(self, folded, lengths=None):
         self._now = None  # the `_Call` that is being traced
         self._recurrent = []  # the recurrent layers, in the order in which they run
         self._joined = {}  # id of an LSTM layer -> both its kernels
@@ -84,9 +93,23 @@ class ServedModel:
         self.set_weights(folded.get_weights())
         self.inputs = dict(zip(_input_names(model), model.inputs, strict=True))
         self.sequences = _sequence_inputs(self.inputs)
+        self.takes_lengths = self._takes_lengths(lengths)
         self.outputs = _output_names(model)
         self.reverses_time = _reverses_time(model)
         self.per_step = _per_step_outputs(model, self.inputs, self.sequences)
+
+    def _takes_lengths(self, lengths):
+        timesteps = {name: self.inputs[name].shape[1] for name in self.sequences}
+        one_for_all = len(set(timesteps.values())) == 1
+        if lengths is None:
+            free = None in timesteps.values()
+            return free or (one_for_all and _makes_masks(self.model))
+        if lengths and not one_for_all:
+            raise ValueError(
+                "`lengths=True` needs sequences of one T, since all of them share "
+                f"`lengths`. Received: lengths=True with the T {timesteps}"
+            )
+        return lengths
 
     def set_weights(self, weights):
         """Sets the weights of the model, arrays in the order of `model.weights`."""
@@ -119,7 +142,7 @@ class ServedModel:
 
         def outputs(weights):
             self.set_weights(weights)
-            answers = predict(inputs, tf.fill([self.batch_size or 2], 8))
+            answers = predict(inputs, None)
             return [y.numpy() for y in answers.values() if y.dtype.is_floating]
 
         expected = outputs(weights)
@@ -180,21 +203,23 @@ class ServedModel:
             for name, x in self.inputs.items()
         }
 
-    def shapes(self, one_frame=False):
+    def shapes(self, one_frame=False, lengths=True):
         """The shape that each input must have, by name, for `require_shapes`.
 
-        Free sizes are `"B"`, `"T"` for the timesteps of every sequence, and a name of
-        their own for all others. The first sequence comes first: it defines B and T.
+        Free sizes are `"B"`, `"T"` for the timesteps of the sequences that share
+        them, and a name of their own for all others. The first sequence comes first:
+        it defines B and T.
 
         Args:
             one_frame: Whether sequences come a frame at a time, without their T.
+            lengths: Whether all sequences share their lengths, and so their T.
         """
         first = self.sequences[0]
         shapes = {}
         for name in [first, *(name for name in self.inputs if name != first)]:
             sizes = list(self.inputs[name].shape)
             names = ["B", *(f"{name}_{axis}" for axis in range(1, len(sizes)))]
-            if name in self.sequences:
+            if name == first or (lengths and name in self.sequences):
                 names[1] = TIMESTEPS
             sizes = [n if x is None else x for n, x in zip(names, sizes, strict=True)]
             if one_frame and name in self.sequences:
@@ -260,18 +285,19 @@ class ServedModel:
 
         Args:
             inputs: Dict of tensors. Their shapes are checked as the graph runs.
-            lengths: int32 tensor (B,), clamped to 0..T.
+            lengths: int32 tensor (B,), clamped to 0..T; `None` where every frame
+                counts.
             compiled: Whether XLA compiles this. It compiles no check of shapes.
 
         Returns:
             Dict of tensors, floats as float32; per-step ones zero past the lengths.
         """
         if not compiled:
-            checked = require_shapes(
-                {**inputs, LENGTHS: lengths}, {**self.shapes(), LENGTHS: [self.rows]}
-            )
-            lengths = checked.pop(LENGTHS)
-            inputs = {name: checked[name] for name in inputs}
+            inputs, shapes = dict(inputs), self.shapes(lengths=lengths is not None)
+            if lengths is not None:
+                inputs[LENGTHS], shapes[LENGTHS] = lengths, [self.rows]
+            inputs = require_shapes(inputs, shapes)
+            lengths = inputs.pop(LENGTHS, None)
         return self._named(
             self._run(inputs, _Call(lengths, compiled=compiled)), lengths
         )
@@ -480,6 +506,13 @@ class ServedModel:
 
 
 MASK_ARGUMENTS = {"mask", "query_mask", "value_mask", "key_mask"}
+
+
+def _makes_masks(model):
+    return any(
+        isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
+        for layer in sublayers(model)
+    )
 
 
 def _zero(x):

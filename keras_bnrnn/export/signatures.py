@@ -10,15 +10,14 @@ from keras_bnrnn.traversal import sublayers
 
 
 def serve_function(served):
-    """`serving_default`: whole sequences and their lengths to outputs."""
-    specs = [
-        *served.specs().values(),
-        tf.TensorSpec([served.batch_size], tf.int32, name=LENGTHS),
-    ]
+    """`serving_default`: whole sequences, and their lengths if so, to outputs."""
+    specs = list(served.specs().values())
+    if served.takes_lengths:
+        specs.append(tf.TensorSpec([served.batch_size], tf.int32, name=LENGTHS))
 
     @tf.function(autograph=False, input_signature=specs)
     def serve(*tensors):
-        *inputs, lengths = tensors
+        *inputs, lengths = tensors if served.takes_lengths else (*tensors, None)
         return served.predict(dict(zip(served.inputs, inputs, strict=True)), lengths)
 
     return serve
@@ -202,4 +201,5 @@ def _cut(served, inputs, where):
 
 def _call(serve, served, inputs, timesteps):
     rows = len(next(iter(inputs.values())))
-    return serve(*inputs.values(), tf.fill([rows], timesteps))
+    lengths = [tf.fill([rows], timesteps)] if served.takes_lengths else []
+    return serve(*inputs.values(), *lengths)
