@@ -17,6 +17,8 @@ class ExportMismatchError(ValueError):
 def example_requests(served, functions, xla_buckets):
     """Small warm-up requests for the package's own signatures.
 
+    Those of `serve_xla` come last, one for each bucket.
+
     Returns:
         List of `(signature_name, inputs)`, inputs a dict of arrays.
     """
@@ -43,7 +45,6 @@ def example_requests(served, functions, xla_buckets):
         "initial_state": {first: frame[first]},
     }
     requests += [(name, x) for name, x in streaming.items() if name in functions]
-    requests += [("serve_xla", whole(*bucket)) for bucket in xla_buckets or ()]
     if "text" in functions:
         requests.append(("text", {"text": np.array([b"a b c"], object)}))
     if "generate" in functions:
@@ -54,6 +55,7 @@ def example_requests(served, functions, xla_buckets):
             "seed": np.array([1], "int32"),
         }
         requests.append(("generate", asked))
+    requests += [("serve_xla", whole(*bucket)) for bucket in xla_buckets]
     return [
         (name, {key: np.asarray(x) for key, x in inputs.items()})
         for name, inputs in requests

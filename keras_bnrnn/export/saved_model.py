@@ -50,6 +50,7 @@ def export_saved_model(
     warmup="auto",
     quantize=None,
     xla_buckets=None,
+    xla_warmup=False,
     provenance=None,
 ):
     """Folds a model and writes it as `directory/<version>/`, a SavedModel.
@@ -127,16 +128,20 @@ def export_saved_model(
         warmup: Requests that TensorFlow Serving runs before the version is available,
             at most 1000: a list of dicts of arrays for `serving_default`, or a dict
             of such lists by signature. `"auto"` (default): small random ones for each
-            signature. `None`: none.
+            signature, except `serve_xla`. `None`: none.
         quantize: `"float16"`: weights are stored as float16, half the size, and
             computed with as before; a weight whose rounding alone moves outputs by
             more than 1e-3 of the largest stays as it is. `None` (default): none are.
         xla_buckets: List of `(B, T)`: adds `serve_xla`, which pads a request to the
             smallest of these sizes that holds it and runs a program that XLA compiled
-            for that size; a larger request runs as in `serve`. Each is compiled as
-            the version is warmed up. TensorFlow Serving has XLA disabled unless it is
-            started with `--xla_cpu_compilation_enabled`; without it a version with
-            such warm-up requests does not load. Default: `None`.
+            for that size; a larger request runs as in `serve`. TensorFlow Serving has
+            XLA disabled unless it is started with `--xla_cpu_compilation_enabled`;
+            without it, `serve_xla` fails and the other signatures answer. Default:
+            `None`.
+        xla_warmup: Whether to add a request for each of `xla_buckets` to those of
+            `warmup`, so that the programs are compiled before the version is
+            available. Default `False`: a server without XLA refuses a version with
+            such requests, and if it is starting, opens no port.
         provenance: Dict that JSON can carry, recorded in `keras_bnrnn.json`: data,
             commit, whatever tells how the model came to be. Default: `None`.
 
@@ -170,6 +175,7 @@ def export_saved_model(
     _check_version(version)
     _check_options(lengths, streaming, quantize, provenance)
     xla_buckets = check_buckets(xla_buckets)
+    _check_xla_warmup(xla_warmup, xla_buckets)
     if "://" in os.fspath(directory):
         raise ValueError(
             "`directory` must be a path of this machine, where a folder can be renamed "
@@ -189,10 +195,14 @@ def export_saved_model(
     root, functions = _functions(
         served, functions, reason is None, text_front_end, signatures, xla_buckets
     )
+    examples = example_requests(served, functions, xla_buckets)
+    of_xla = [request for request in examples if request[0] == XLA]
     if warmup == "auto":
-        requests = example_requests(served, functions, xla_buckets)
+        requests = [request for request in examples if request[0] != XLA]
     else:
         requests = checked_requests(warmup or [], functions)
+    if xla_warmup:
+        requests += of_xla
 
     def write(path):
         tf.saved_model.save(
@@ -212,9 +222,15 @@ def export_saved_model(
         checks["warmup_requests"] = (
             replay_warmup(path, loaded.signatures) if requests else 0
         )
+        if not xla_warmup:
+            for name, inputs in of_xla:
+                loaded.signatures[name](
+                    **{k: tf.constant(x) for k, x in inputs.items()}
+                )
         write_manifest(
             path,
             model=model,
+            tokenizer=getattr(text_front_end, "tokenizer", text_front_end),
             layers=layers,
             lengths=served.takes_lengths,
             streaming={"causal": reason is None, "because": reason},
@@ -322,6 +338,18 @@ def _check_options(lengths, streaming, quantize, provenance):
         raise ValueError(
             "`provenance` must be a dict that JSON can carry, or None. "
             f"Received: provenance={provenance!r}"
+        )
+
+
+def _check_xla_warmup(xla_warmup, xla_buckets):
+    if not isinstance(xla_warmup, bool):
+        raise ValueError(
+            f"`xla_warmup` must be True or False. Received: xla_warmup={xla_warmup!r}"
+        )
+    if xla_warmup and not xla_buckets:
+        raise ValueError(
+            "`xla_warmup=True` needs `xla_buckets`. Received: xla_warmup=True, "
+            f"xla_buckets={xla_buckets or None}"
         )
 
 
