@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import c_program
 import keras
 import numpy as np
 import pytest
@@ -25,6 +26,12 @@ def seeded():
 @pytest.fixture
 def rng():
     return np.random.default_rng(20151005)
+
+
+@pytest.fixture(scope="module")
+def serve_in_c(tmp_path_factory):
+    """What `c_program.build` returns."""
+    return c_program.build(tmp_path_factory.mktemp("c"))
 
 
 @pytest.fixture
@@ -54,6 +61,7 @@ SAMPLED = {
 VARIANTS = {
     "test_calibration.py": 2,
     "test_export.py": 3,
+    "test_export_shapes.py": 4,
     "test_folding.py": 4,
     "test_fused.py": 4,
     "test_layers_keras.py": 5,

@@ -1,10 +1,13 @@
-/* Runs a signature of a SavedModel through TensorFlow's C API: no Python, no Keras.
+/* Runs signatures of a SavedModel through TensorFlow's C API: no Python, no Keras.
 
-   serve_in_c VERSION_DIRECTORY SIGNATURE INPUT OUTPUT
+   serve_in_c VERSION_DIRECTORY XLA [SIGNATURE INPUT OUTPUT]...
 
-   INPUT and OUTPUT are files of tensors, one after the other: a line
-   "name dtype rank d0 d1 ...", then the raw bytes. Names of inputs and outputs are the
-   signature's; those of the graph's tensors are read from its SignatureDef. */
+   XLA is "on" or "off"; TensorFlow Serving has it off. INPUT and OUTPUT are files of
+   tensors, one after the other: a line "name dtype rank d0 d1 ...", then the raw bytes;
+   of strings a line each. Names of inputs and outputs are the signature's; those of the
+   graph's tensors are read from its SignatureDef. For a request that fails, OUTPUT is a
+   line "! code", then the message. The session does what TensorFlow Serving's does: it
+   compares no request with the shapes in the graph. */
 
 #include <stdint.h>
 #include <stdio.h>
@@ -91,47 +94,53 @@ static TF_Output tensor(TF_Graph *graph, Bytes info) {
   return output;
 }
 
-int main(int count, char **arguments) {
-  if (count != 5) fail("usage", "serve_in_c VERSION_DIRECTORY SIGNATURE INPUT OUTPUT");
-  TF_Status *status = TF_NewStatus();
-  TF_Graph *graph = TF_NewGraph();
-  TF_SessionOptions *options = TF_NewSessionOptions();
-  TF_Buffer *meta_graph = TF_NewBuffer();
-  const char *tags[] = {"serve"};
-  TF_Session *session = TF_LoadSessionFromSavedModel(
-      options, NULL, arguments[1], tags, 1, graph, meta_graph, status);
-  if (TF_GetCode(status) != TF_OK) fail(arguments[1], TF_Message(status));
+/* tensorflow::DisableXlaCompilation(), which TensorFlow Serving calls as it starts. */
+extern void disable_xla(void) __asm__("_ZN10tensorflow21DisableXlaCompilationEv");
 
-  const uint8_t *data = meta_graph->data;
-  Bytes whole = {data, data + meta_graph->length};
-  Bytes signature = in_map(whole, 5, arguments[2]); /* MetaGraphDef.signature_def */
-  if (signature.at == signature.end) fail(arguments[2], "no such signature");
+static TF_Tensor *read_tensor(FILE *file, const char *name, TF_DataType dtype,
+                              int rank) {
+  int64_t dims[8], elements = 1;
+  for (int i = 0; i < rank; i++) {
+    long long d;
+    if (fscanf(file, "%lld", &d) != 1) fail(name, "bad shape");
+    dims[i] = d;
+    elements *= d;
+  }
+  fgetc(file); /* the end of the line */
+  int strings = dtype == TF_STRING;
+  size_t size = strings ? sizeof(TF_TString) : TF_DataTypeSize(dtype);
+  size *= (size_t)elements;
+  TF_Tensor *t = TF_AllocateTensor(dtype, dims, rank, size);
+  if (!strings) {
+    if (fread(TF_TensorData(t), 1, size, file) != size) fail(name, "truncated");
+    return t;
+  }
+  TF_TString *string = TF_TensorData(t);
+  for (int64_t i = 0; i < elements; i++, string++) {
+    char line[256];
+    if (!fgets(line, sizeof line, file)) fail(name, "truncated");
+    TF_StringInit(string);
+    TF_StringCopy(string, line, strcspn(line, "\n"));
+  }
+  return t;
+}
 
+static void run(TF_Session *session, TF_Graph *graph, Bytes signature,
+                const char *input, const char *output) {
   TF_Output inputs[MOST], outputs[MOST];
   TF_Tensor *given[MOST], *answers[MOST] = {0};
   char names[MOST][256];
   int inputs_count = 0, outputs_count = 0;
 
-  FILE *file = fopen(arguments[3], "rb");
-  if (!file) fail(arguments[3], "cannot be read");
+  FILE *file = fopen(input, "rb");
+  if (!file) fail(input, "cannot be read");
   char name[256];
   int dtype, rank;
   while (fscanf(file, "%255s %d %d", name, &dtype, &rank) == 3) {
-    int64_t dims[8], size = (int64_t)TF_DataTypeSize((TF_DataType)dtype);
-    for (int i = 0; i < rank; i++) {
-      long long d;
-      if (fscanf(file, "%lld", &d) != 1) fail(name, "bad shape");
-      dims[i] = d;
-      size *= d;
-    }
-    fgetc(file); /* the end of the line */
-    TF_Tensor *t = TF_AllocateTensor((TF_DataType)dtype, dims, rank, (size_t)size);
-    if (fread(TF_TensorData(t), 1, (size_t)size, file) != (size_t)size)
-      fail(name, "truncated");
+    given[inputs_count] = read_tensor(file, name, (TF_DataType)dtype, rank);
     Bytes info = in_map(signature, 1, name); /* SignatureDef.inputs */
     if (info.at == info.end) fail(name, "no such input");
-    inputs[inputs_count] = tensor(graph, info);
-    given[inputs_count++] = t;
+    inputs[inputs_count++] = tensor(graph, info);
   }
   fclose(file);
 
@@ -143,12 +152,16 @@ int main(int count, char **arguments) {
     outputs[outputs_count++] = tensor(graph, find(entry, 2));
   }
 
+  TF_Status *status = TF_NewStatus();
   TF_SessionRun(session, NULL, inputs, given, inputs_count, outputs, answers,
                 outputs_count, NULL, 0, NULL, status);
-  if (TF_GetCode(status) != TF_OK) fail(arguments[2], TF_Message(status));
 
-  file = fopen(arguments[4], "wb");
-  if (!file) fail(arguments[4], "cannot be written");
+  file = fopen(output, "wb");
+  if (!file) fail(output, "cannot be written");
+  if (TF_GetCode(status) != TF_OK) {
+    fprintf(file, "! %d\n%s", TF_GetCode(status), TF_Message(status));
+    outputs_count = 0;
+  }
   for (int i = 0; i < outputs_count; i++) {
     TF_Tensor *t = answers[i];
     fprintf(file, "%s %d %d", names[i], TF_TensorType(t), TF_NumDims(t));
@@ -159,5 +172,27 @@ int main(int count, char **arguments) {
     fputc('\n', file);
   }
   fclose(file);
+}
+
+int main(int count, char **arguments) {
+  if (count < 3 || count % 3)
+    fail("usage", "serve_in_c VERSION_DIRECTORY XLA [SIGNATURE INPUT OUTPUT]...");
+  if (!strcmp(arguments[2], "off")) disable_xla();
+  TF_Status *status = TF_NewStatus();
+  TF_Graph *graph = TF_NewGraph();
+  TF_SessionOptions *options = TF_NewSessionOptions();
+  TF_Buffer *meta_graph = TF_NewBuffer();
+  const char *tags[] = {"serve"};
+  TF_Session *session = TF_LoadSessionFromSavedModel(
+      options, NULL, arguments[1], tags, 1, graph, meta_graph, status);
+  if (TF_GetCode(status) != TF_OK) fail(arguments[1], TF_Message(status));
+
+  const uint8_t *data = meta_graph->data;
+  Bytes whole = {data, data + meta_graph->length};
+  for (char **request = arguments + 3; request < arguments + count; request += 3) {
+    Bytes signature = in_map(whole, 5, request[0]); /* MetaGraphDef.signature_def */
+    if (signature.at == signature.end) fail(request[0], "no such signature");
+    run(session, graph, signature, request[1], request[2]);
+  }
   return 0;
 }

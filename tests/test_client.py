@@ -283,6 +283,23 @@ class TestPredict:
                 {"text": [5], "flag": [], "long": [], "byte": [], "double": []}, "kinds"
             )
 
+    def test_a_wrong_number_of_lengths(self, server, protocol):
+        x = np.zeros([2, 4, F])
+        states = {"rnn_h": np.zeros([2, U]), "t": [0, 0]}
+        with connect(server, protocol) as client:
+            for signature, others in (("serving_default", {}), ("chunk", states)):
+                for lengths in ([4], [4, 3, 2], []):
+                    with pytest.raises(serving_client.InvalidRequest) as info:
+                        client.predict(
+                            {"x": x, "lengths": lengths, **others}, signature
+                        )
+                    assert info.value.args[0] == (
+                        "`lengths` must have one number for each of the 2 rows of "
+                        f"`x`. Received: lengths={lengths}"
+                    )
+                    assert info.value.code == "INVALID_ARGUMENT"
+                    assert info.value.http_status is None  # no server was asked
+
     def test_errors(self, server, protocol):
         inputs = {"x": np.zeros([1, 1, F]), "lengths": [1]}
         cases = [

@@ -217,6 +217,39 @@ def test_manifest(rng, tmp_path):
             export_saved_model(model, tmp_path / "m", provenance=bad)
 
 
+def test_the_versions_listed_are_of_packages_in_use(rng, tmp_path, capsys):
+    keras_hub = pytest.importorskip("keras_hub")
+    text = pytest.importorskip("tensorflow_text")
+    words = layers.TextVectorization(vocabulary=["a", "b"], ragged=True)
+    scripts = layers.TextVectorization(
+        vocabulary=["a", "b"],
+        ragged=True,
+        split=text.UnicodeScriptTokenizer().tokenize,
+    )
+    pieces = keras_hub.tokenizers.WordPieceTokenizer(["[UNK]", "a", "b"])
+    own = {"keras-bnrnn", "tensorflow", "keras"}
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32", name="ids"),
+            layers.Embedding(9, 4),
+            keras_bnrnn.BNGRU(2, name="y"),
+        ]
+    )
+    for tokenizer, more in (
+        (None, set()),
+        (words, set()),
+        (scripts, {"tensorflow-text"}),
+        (pieces, {"tensorflow-text", "keras-hub"}),
+    ):
+        path = export_saved_model(model, tmp_path / "m", text_front_end=tokenizer)
+        versions = json.loads((path / "keras_bnrnn.json").read_text())["versions"]
+        assert set(versions) == own | more
+        assert inspection.main([str(path)]) == 0
+        out = capsys.readouterr().out
+        for name in ("tensorflow-text", "keras-hub"):
+            assert (f"{name} " in out) == (name in more)
+
+
 def test_inspect(rng, tmp_path, capsys):
     export_saved_model(tagger(rng), tmp_path / "m")
     path = export_saved_model(tagger(rng), tmp_path / "m")
@@ -296,7 +329,9 @@ def test_xla_buckets(rng, tmp_path):
         ]
     )
     randomize_model(model, rng)
-    path = export_saved_model(model, tmp_path / "m", xla_buckets=[(4, 8), (2, 3)])
+    path = export_saved_model(
+        model, tmp_path / "m", xla_buckets=[(4, 8), (2, 3)], xla_warmup=True
+    )
     loaded = tf.saved_model.load(path)
     compiled, plain = (loaded.signatures[name] for name in ("serve_xla", "serve"))
     shapes = [x["x"].shape for name, x in records(path) if name == "serve_xla"]
@@ -315,6 +350,77 @@ def test_xla_buckets(rng, tmp_path):
         if name in loaded.signatures:
             library = loaded.signatures[name].graph.as_graph_def().library
             assert not any(f.attr["_XlaMustCompile"].b for f in library.function)
+
+
+def recurrent(rng):
+    model = keras.Sequential(
+        [keras.Input((None, 3), name="x"), keras_bnrnn.BNLSTM(4, name="y")]
+    )
+    randomize_model(model, rng)
+    return model
+
+
+def test_warmup_of_serve_xla_is_by_choice(rng, tmp_path):
+    """With it, a server without XLA loads nothing: the first request fails."""
+    model, buckets = recurrent(rng), [(2, 3), (4, 8)]
+    requests = [{"x": np.ones((1, 2, 3)), "lengths": [2]}]
+
+    def warmed(**options):
+        path = export_saved_model(model, tmp_path / "m", xla_buckets=buckets, **options)
+        checked = json.loads((path / "keras_bnrnn.json").read_text())["checks"]
+        found = [name for name, _ in records(path)]
+        assert checked["warmup_requests"] == len(found)
+        return found
+
+    own = ["serving_default", "step", "chunk", "initial_state"]
+    compiled = ["serve_xla", "serve_xla"]
+    assert warmed() == own
+    assert warmed(xla_warmup=True) == own + compiled
+    assert warmed(warmup=requests) == ["serving_default"]
+    assert warmed(warmup=requests, xla_warmup=True) == ["serving_default", *compiled]
+    assert warmed(warmup={"serve_xla": requests}) == ["serve_xla"]
+    assert warmed(warmup=None, xla_warmup=True) == compiled
+
+    with pytest.raises(ValueError, match=r"`xla_warmup=True` needs `xla_buckets`"):
+        export_saved_model(model, tmp_path / "n", xla_warmup=True)
+    with pytest.raises(ValueError, match=r"`xla_warmup` must be.*xla_warmup='yes'"):
+        export_saved_model(model, tmp_path / "n", xla_buckets=buckets, xla_warmup="yes")
+    assert not (tmp_path / "n").exists()
+
+
+def test_a_server_without_xla_answers_all_but_serve_xla(rng, tmp_path, serve_in_c):
+    model = recurrent(rng)
+    path = export_saved_model(model, tmp_path / "m", xla_buckets=[(2, 3)])
+    x = rng.normal(size=(2, 3, 3)).astype("float32")
+    request = {"x": x, "lengths": np.array([3, 3], "int32")}
+    warmup = records(path)
+    wanted = [("serve", request), ("serve_xla", request)]
+    *warmed, plain, compiled = serve_in_c(path, [*warmup, *wanted], xla=False)
+    assert len(warmed) == 4 and all(isinstance(answer, dict) for answer in warmed)
+    assert gap(plain["y"], fold(model)(x)) <= TOLERANCE
+    assert isinstance(compiled, tf.errors.OpError)
+    assert "XLA" in compiled.message
+    _, compiled = serve_in_c(path, wanted)
+    assert gap(compiled["y"], plain["y"]) <= TOLERANCE
+
+
+def test_serve_xla_is_tried_before_it_is_published(rng, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        function = make(*args, **kwargs)
+
+        @tf.function(autograph=False, input_signature=function.input_signature)
+        def serve_xla(*tensors):
+            wrong = tf.raw_ops.Assert(condition=False, data=["broken"])
+            with tf.control_dependencies([wrong]):
+                return {n: tf.identity(y) for n, y in function(*tensors).items()}
+
+        return serve_xla
+
+    make = keras_bnrnn.export.saved_model.xla_function
+    monkeypatch.setattr(keras_bnrnn.export.saved_model, "xla_function", broken)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="broken"):
+        export_saved_model(recurrent(rng), tmp_path / "m", xla_buckets=[(2, 3)])
+    assert not list((tmp_path / "m").iterdir())
 
 
 @pytest.mark.parametrize("buckets", [[(1,)], [(0, 3)], "4x8", [(2, 3.5)], [8]])

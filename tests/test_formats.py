@@ -5,7 +5,9 @@ import doctest
 import importlib
 import os
 import pathlib
+import subprocess
 import sys
+import textwrap
 
 import keras
 import numpy as np
@@ -302,6 +304,38 @@ def test_float16_weights(litert, rng, tmp_path):
     (found,) = runtime(path)(x=x).values()
     # float16 keeps 11 bits: 5e-4 of a weight, and sums average that out.
     assert 1e-6 < gap(found, model(x, training=False)) < 5e-3
+
+
+def test_no_warnings_but_those_about_the_model(kind, tmp_path):
+    """In a process of its own: libraries warn once, of their first use."""
+    script = textwrap.dedent(
+        """
+        import sys, warnings
+        import keras, keras_bnrnn, keras_bnrnn.export.formats as formats
+        kind, path = sys.argv[1:]
+        model = keras.Sequential(
+            [
+                keras.Input((None, 5), name="x"),
+                keras.layers.Masking(),
+                keras_bnrnn.BNLSTM(4, return_sequences=True),
+                keras.layers.TimeDistributed(keras.layers.Dense(3)),
+                keras_bnrnn.BNGRU(3),
+            ]
+        )
+        warnings.simplefilter("error")
+        getattr(formats, f"export_{kind}")(model, path)
+        """
+    )
+    path = tmp_path / f"model{SUFFIXES[kind]}"
+    done = subprocess.run(
+        [sys.executable, "-c", script, kind, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert path.exists()
 
 
 def test_a_peephole_layer_is_kept(kind, rng, tmp_path):

@@ -17,6 +17,8 @@ class ExportMismatchError(ValueError):
 def example_requests(served, functions, xla_buckets):
     """Small warm-up requests for the package's own signatures.
 
+    Those of `serve_xla` come last, one for each bucket.
+
     Returns:
         List of `(signature_name, inputs)`, inputs a dict of arrays.
     """
@@ -25,11 +27,13 @@ def example_requests(served, functions, xla_buckets):
 
     fewest = shortest_timesteps(served)
 
-    def whole(rows, timesteps):
+    def whole(rows, timesteps, lengths=True):
         inputs = served.example_inputs(rows, timesteps, rng)
-        return {**inputs, LENGTHS: np.full([rows], timesteps, "int32")}
+        if lengths:
+            inputs[LENGTHS] = np.full([rows], timesteps, "int32")
+        return inputs
 
-    requests = [("serving_default", whole(rows, fewest + 7))]
+    requests = [("serving_default", whole(rows, fewest + 7, served.takes_lengths))]
     states = {name: x.numpy() for name, x in served.states(rows).items()}
     states[TIME] = np.zeros([rows], "int32")
     first = served.sequences[0]
@@ -41,7 +45,6 @@ def example_requests(served, functions, xla_buckets):
         "initial_state": {first: frame[first]},
     }
     requests += [(name, x) for name, x in streaming.items() if name in functions]
-    requests += [("serve_xla", whole(*bucket)) for bucket in xla_buckets or ()]
     if "text" in functions:
         requests.append(("text", {"text": np.array([b"a b c"], object)}))
     if "generate" in functions:
@@ -52,6 +55,7 @@ def example_requests(served, functions, xla_buckets):
             "seed": np.array([1], "int32"),
         }
         requests.append(("generate", asked))
+    requests += [("serve_xla", whole(*bucket)) for bucket in xla_buckets]
     return [
         (name, {key: np.asarray(x) for key, x in inputs.items()})
         for name, inputs in requests
@@ -61,7 +65,8 @@ def example_requests(served, functions, xla_buckets):
 def compare(model, served, serve, tolerance):
     """Compares answers on random ragged sequences with the model in memory.
 
-    Each row of a padded batch must be answered as the model answers the row alone.
+    Each row of a padded batch must be answered as the model answers the row alone. If
+    `serve` takes no lengths, there is no padding.
 
     Args:
         model: What was exported, as it is in memory.
@@ -83,15 +88,18 @@ def compare(model, served, serve, tolerance):
         lengths = np.resize(lengths, served.batch_size)
     fixed = served.inputs[served.sequences[0]].shape[1]
     timesteps = lengths.max() if fixed is None else fixed
-    destroyer = served.reverses_time or destroys_masks(model)
-    if fixed is not None or destroyer:
+    destroyer = None
+    if served.takes_lengths:
+        destroyer = served.reverses_time or destroys_masks(model)
+    if fixed is not None or destroyer or not served.takes_lengths:
         lengths = np.full_like(lengths, timesteps)
     inputs = served.example_inputs(len(lengths), timesteps, rng)
-    padded = {
-        name: _with_noise(value, lengths) if name in served.sequences else value
-        for name, value in inputs.items()
-    }
-    answers = serve(**padded, **{LENGTHS: tf.constant(lengths)})
+    request = dict(inputs)
+    if served.takes_lengths:
+        for name in served.sequences:
+            request[name] = _with_noise(inputs[name], lengths)
+        request[LENGTHS] = tf.constant(lengths)
+    answers = serve(**request)
     largest, where = 0.0, None
     for row, expected in enumerate(_alone(model, served, inputs, lengths)):
         for name, y, per_step in zip(
@@ -154,10 +162,9 @@ def _with_noise(x, lengths):
 def _alone(model, served, inputs, lengths):
     """Yields, for each row, the model's flat outputs for that row alone."""
     for row, n in enumerate(lengths):
-        alone = {
-            name: x[row : row + 1, :n] if name in served.sequences else x[row : row + 1]
-            for name, x in inputs.items()
-        }
+        alone = {name: x[row : row + 1] for name, x in inputs.items()}
+        if served.takes_lengths:
+            alone |= {name: alone[name][:, :n] for name in served.sequences}
         if served.batch_size is not None:
             alone = {n: tf.repeat(x, served.batch_size, 0) for n, x in alone.items()}
         packed = keras.tree.pack_sequence_as(

@@ -6,6 +6,7 @@ import inspect
 import os
 import pathlib
 import uuid
+import warnings
 
 import keras
 import numpy as np
@@ -17,6 +18,23 @@ from keras_bnrnn.folding import fold
 from keras_bnrnn.traversal import clone_graph, copy_of, require_built_graph, sublayers
 
 
+@contextlib.contextmanager
+def _without_warnings_of_libraries():
+    """Silences what Keras does that NumPy 2 warns of; a user can do nothing about it.
+
+    Other warnings pass: they are about the model.
+    """
+    with warnings.catch_warnings():
+        # Of variables that become arrays.
+        message = "__array__ implementation doesn't accept a copy keyword"
+        warnings.filterwarnings("ignore", message, DeprecationWarning)
+        # Of Keras' patch of tf2onnx, which looks whether there is an `np.object`.
+        message = r"In the future `np\.object` will be defined"
+        warnings.filterwarnings("ignore", message, FutureWarning)
+        yield
+
+
+@_without_warnings_of_libraries()
 def export_litert(
     model,
     path,
@@ -116,6 +134,7 @@ def export_litert(
         return _publish(path, overwrite, write, check)
 
 
+@_without_warnings_of_libraries()
 def export_onnx(model, path, *, opset_version=None, tolerance=1e-4, overwrite=False):
     """Folds a model and writes it as an `.onnx` file, for ONNX Runtime and others.
 

@@ -104,6 +104,8 @@ def _lines(found):
                 for e in found["layers"]
             ]
         )
+    if found.get("lengths") is False:
+        yield "\nno lengths: every frame of a request counts"
     streaming = found.get("streaming", {})
     if streaming.get("because"):
         yield f"\nno step signature: {streaming['because']}"

@@ -9,10 +9,12 @@ import keras
 import tensorflow as tf
 
 from keras_bnrnn.export.operations import (
+    TEXT_OPERATIONS,
     operations,
     saved_model_proto,
     xla_functions,
 )
+from keras_bnrnn.traversal import sublayers
 
 MANIFEST = "keras_bnrnn.json"
 INTERNAL = ("NoOp", "__saved_model")
@@ -21,7 +23,9 @@ INTERNAL = ("NoOp", "__saved_model")
 def write_manifest(
     version_directory,
     model,
+    tokenizer,
     layers,
+    lengths,
     streaming,
     quantize,
     xla_buckets,
@@ -33,7 +37,9 @@ def write_manifest(
     Args:
         version_directory: Path of the SavedModel.
         model: The model that was exported.
+        tokenizer: The tokenizer in the graph, or `None`.
         layers: List of `FoldedLayer`.
+        lengths: Whether whole sequences come with `lengths`.
         streaming: Dict, whether the model is causal and why not.
         quantize: Dict of names of weights by their type, or `None`.
         xla_buckets: List of `(B, T)`.
@@ -41,12 +47,14 @@ def write_manifest(
         provenance: Dict that the user gave, or `None`.
     """
     version_directory = pathlib.Path(version_directory)
+    found = describe(version_directory)
     manifest = {
         "model": model.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        **describe(version_directory),
+        "versions": _versions(found["operations"], [*sublayers(model), tokenizer]),
+        **found,
         "layers": [layer._asdict() for layer in layers],
+        "lengths": lengths,
         "streaming": streaming,
         "quantize": quantize,
         "xla_buckets": xla_buckets,
@@ -99,13 +107,25 @@ def _size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def _versions():
+def _versions(operations, parts):
+    """Dict of the versions of the packages that an export uses.
+
+    Args:
+        operations: The names of its operations.
+        parts: What it was made of: layers, and a tokenizer or `None`.
+    """
+    names = ["keras-bnrnn", "tensorflow", "keras"]
+    if not TEXT_OPERATIONS.isdisjoint(operations):
+        names.append("tensorflow-text")
+    classes = {cls for part in parts for cls in type(part).__mro__}
+    if any(cls.__module__.partition(".")[0] == "keras_hub" for cls in classes):
+        names.append("keras-hub")
     versions = {}
-    for name in ("keras-bnrnn", "tensorflow", "keras", "tensorflow-text", "keras-hub"):
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue
+            continue  # TensorFlow has distributions of other names
     return versions
 
 

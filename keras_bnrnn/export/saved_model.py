@@ -43,38 +43,45 @@ def export_saved_model(
     directory,
     version=None,
     *,
+    lengths=None,
     streaming="auto",
     text_front_end=None,
     signatures=None,
     warmup="auto",
     quantize=None,
     xla_buckets=None,
+    xla_warmup=False,
     provenance=None,
 ):
     """Folds a model and writes it as `directory/<version>/`, a SavedModel.
 
     | signature | inputs | outputs |
     |---|---|---|
-    | `serving_default`, `serve` | the model's inputs, `lengths` | the model's outputs |
+    | `serving_default`, `serve` | the model's inputs, maybe `lengths` | its outputs |
     | `step` | one frame (B, ...), states, `t` | outputs, states, `t` + 1 |
-    | `chunk` | as `serve`, states, `t` | outputs, states, `t`, `lengths` |
+    | `chunk` | inputs, `lengths`, states, `t` | outputs, states, `t`, `lengths` |
     | `initial_state` | the first input, any (B, ...) | states of zeros, `t` = 0 |
     | `text` | `text`, strings (B,) | see `TextFrontEnd` |
     | `generate` | `prompt`, `max_tokens`, `temperature`, `seed` | `text` |
-    | `serve_xla` | as `serve` | as `serve` |
+    | `serve_xla` | inputs, `lengths` | as `serve` |
 
     `lengths` is an int32 tensor (B,) with the number of valid frames of each row,
-    clamped to 0..T. Frames past a row's length have no effect, whatever they hold, NaN
-    included. Floats leave as float32; an output with a frame for each input frame is
-    zero past the lengths, in a model whose T is free. The batch size and T are as free
-    as the model has them. But for `serve_xla` the graph holds no XLA, no cuDNN kernel,
-    no Keras and no optimizer, so that it loads anywhere.
+    clamped to 0..T. `serve` takes it or not, as the argument `lengths` says; `chunk`
+    and `serve_xla` always do. Frames past a row's length have no effect, whatever they
+    hold, NaN included. Floats leave as float32; an output with a frame for each input
+    frame is zero past the lengths, in a model whose T is free. The batch size and T are
+    as free as the model has them. But for `serve_xla` the graph holds no XLA, no
+    cuDNN kernel, no Keras and no optimizer, so that it loads anywhere.
 
     `step`, `chunk` and `initial_state` are there if the model is causal: if its frames
     can come one by one. States are float32 tensors (B, U), named by layer: `lstm_h`
     and `lstm_c` for an LSTM named `lstm`, `_h` alone for the others. A client passes
     them on from answer to request, with `t`, an int32 tensor (B,), the number of frames
-    that came so far. A request whose states have another batch size fails.
+    that came so far.
+
+    TensorFlow Serving does not compare a request with a signature's shapes, so the
+    graph does: an input of another rank or size, or of another batch size than the
+    first sequence, fails with `INVALID_ARGUMENT` and a text that names it.
 
     Before the version is published, it is loaded again: its operations must be those
     that TensorFlow Serving has, its warm-up requests are answered, and on random
@@ -86,8 +93,8 @@ def export_saved_model(
     Inputs have the names of the `keras.Input`s, outputs those of the layers that they
     come from, numbered where a layer gives several; for a model of dicts, their keys.
     A single input that was given no name is called `inputs`. The lengths are those of
-    every input with timesteps (whose T is free, if there are such): a request in
-    which these differ in T fails.
+    every input with timesteps (whose T is free, if there are such): a request with
+    `lengths` in which these differ in T fails.
 
     A mask reaches a layer as it does in Keras, only that `Embedding` and `Masking`
     join theirs to that of the lengths. Past a layer which destroys masks
@@ -102,6 +109,12 @@ def export_saved_model(
         directory: Path of the model, which holds its versions; made if need be.
         version: Non-negative int. `None` (default): one above the highest there,
             from 1.
+        lengths: Whether `serving_default` and `serve` take `lengths`. Without, every
+            frame counts, but for those that the model itself masks by their value; so
+            a server must not pad requests to batch them. Sequences whose T is free
+            then need not have the same T. `None` (default): `True` if T is free, or if
+            a layer creates a mask: `Masking`, or one with `mask_zero=True`. `True` is
+            an error for several sequences of unequal fixed T.
         streaming: Whether to write `step`, `chunk` and `initial_state`. `"auto"`
             (default): if the model is causal. `True`: an error if it is not.
         text_front_end: A `keras_bnrnn.export.TextFrontEnd`, or a tokenizer to make one
@@ -110,20 +123,25 @@ def export_saved_model(
             `predict` and returns a `tf.Module` whose `__call__` is a `tf.function`
             with an `input_signature` and returns a dict of tensors. The module keeps
             its tables and assets. `predict(inputs, lengths)` takes a dict of tensors
-            and returns one, as `serving_default` does.
+            and returns one, as `serving_default` does; with `lengths=None` every frame
+            counts.
         warmup: Requests that TensorFlow Serving runs before the version is available,
             at most 1000: a list of dicts of arrays for `serving_default`, or a dict
             of such lists by signature. `"auto"` (default): small random ones for each
-            signature. `None`: none.
+            signature, except `serve_xla`. `None`: none.
         quantize: `"float16"`: weights are stored as float16, half the size, and
             computed with as before; a weight whose rounding alone moves outputs by
             more than 1e-3 of the largest stays as it is. `None` (default): none are.
         xla_buckets: List of `(B, T)`: adds `serve_xla`, which pads a request to the
             smallest of these sizes that holds it and runs a program that XLA compiled
-            for that size; a larger request runs as in `serve`. Each is compiled as
-            the version is warmed up. TensorFlow Serving has XLA disabled unless it is
-            started with `--xla_cpu_compilation_enabled`; without it a version with
-            such warm-up requests does not load. Default: `None`.
+            for that size; a larger request runs as in `serve`. TensorFlow Serving has
+            XLA disabled unless it is started with `--xla_cpu_compilation_enabled`;
+            without it, `serve_xla` fails and the other signatures answer. Default:
+            `None`.
+        xla_warmup: Whether to add a request for each of `xla_buckets` to those of
+            `warmup`, so that the programs are compiled before the version is
+            available. Default `False`: a server without XLA refuses a version with
+            such requests, and if it is starting, opens no port.
         provenance: Dict that JSON can carry, recorded in `keras_bnrnn.json`: data,
             commit, whatever tells how the model came to be. Default: `None`.
 
@@ -155,8 +173,9 @@ def export_saved_model(
     require_built_graph(model, "`export_saved_model`")
     _refuse_stateful(model)
     _check_version(version)
-    _check_options(streaming, quantize, provenance)
+    _check_options(lengths, streaming, quantize, provenance)
     xla_buckets = check_buckets(xla_buckets)
+    _check_xla_warmup(xla_warmup, xla_buckets)
     if "://" in os.fspath(directory):
         raise ValueError(
             "`directory` must be a path of this machine, where a folder can be renamed "
@@ -167,7 +186,7 @@ def export_saved_model(
         _refuse_existing(directory, version)
 
     folded, layers = fold(model, return_report=True)
-    served = ServedModel(folded)
+    served = ServedModel(folded, lengths)
     functions, reason = _traced(served, streaming)
     halved = None
     if quantize == "float16":
@@ -176,10 +195,14 @@ def export_saved_model(
     root, functions = _functions(
         served, functions, reason is None, text_front_end, signatures, xla_buckets
     )
+    examples = example_requests(served, functions, xla_buckets)
+    of_xla = [request for request in examples if request[0] == XLA]
     if warmup == "auto":
-        requests = example_requests(served, functions, xla_buckets)
+        requests = [request for request in examples if request[0] != XLA]
     else:
         requests = checked_requests(warmup or [], functions)
+    if xla_warmup:
+        requests += of_xla
 
     def write(path):
         tf.saved_model.save(
@@ -199,10 +222,17 @@ def export_saved_model(
         checks["warmup_requests"] = (
             replay_warmup(path, loaded.signatures) if requests else 0
         )
+        if not xla_warmup:
+            for name, inputs in of_xla:
+                loaded.signatures[name](
+                    **{k: tf.constant(x) for k, x in inputs.items()}
+                )
         write_manifest(
             path,
             model=model,
+            tokenizer=getattr(text_front_end, "tokenizer", text_front_end),
             layers=layers,
+            lengths=served.takes_lengths,
             streaming={"causal": reason is None, "because": reason},
             quantize=halved,
             xla_buckets=xla_buckets,
@@ -285,7 +315,11 @@ def _refuse_stateful(model):
             )
 
 
-def _check_options(streaming, quantize, provenance):
+def _check_options(lengths, streaming, quantize, provenance):
+    if lengths is not None and not isinstance(lengths, bool):
+        raise ValueError(
+            f"`lengths` must be True, False or None. Received: lengths={lengths!r}"
+        )
     if streaming not in ("auto", True, False):
         raise ValueError(
             "`streaming` must be 'auto', True or False. "
@@ -304,6 +338,18 @@ def _check_options(streaming, quantize, provenance):
         raise ValueError(
             "`provenance` must be a dict that JSON can carry, or None. "
             f"Received: provenance={provenance!r}"
+        )
+
+
+def _check_xla_warmup(xla_warmup, xla_buckets):
+    if not isinstance(xla_warmup, bool):
+        raise ValueError(
+            f"`xla_warmup` must be True or False. Received: xla_warmup={xla_warmup!r}"
+        )
+    if xla_warmup and not xla_buckets:
+        raise ValueError(
+            "`xla_warmup=True` needs `xla_buckets`. Received: xla_warmup=True, "
+            f"xla_buckets={xla_buckets or None}"
         )
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bnrnn.export.loops import has_served_loop, joins_kernels, served_loop
+from keras_bnrnn.export.shapes import require_shapes
 from keras_bnrnn.traversal import clone_graph, copy_of, numbered, sublayers
 
 LENGTHS = "lengths"
 TIME = "t"
+TIMESTEPS = "T"
 
 
 class State(typing.NamedTuple):
@@ -61,14 +63,23 @@ class ServedModel:
     Attributes:
         inputs: Dict from name to `KerasTensor`.
         sequences: The names of those with timesteps.
+        takes_lengths: Whether whole sequences come with `lengths`.
         outputs: The names of the outputs.
         per_step: For each output, whether it has a frame for each input frame.
         reverses_time: The name of a layer that hands sequences on in reverse, so that
             padding comes first; `None` if there is none.
         model: The copy of the folded model that runs.
+
+    Args:
+        folded: A folded model.
+        lengths: Bool, whether whole sequences come with `lengths`. `None` (default):
+            if T is free, or if a layer creates a mask.
+
+    Raises:
+        ValueError: If `lengths` is True for sequences of unequal fixed T.
     """
 
-    def __init__(self, folded):
+    def __init__(self, folded, lengths=None):
         self._now = None  # the `_Call` that is being traced
         self._recurrent = []  # the recurrent layers, in the order in which they run
         self._joined = {}  # id of an LSTM layer -> both its kernels
@@ -82,9 +93,23 @@ class ServedModel:
         self.set_weights(folded.get_weights())
         self.inputs = dict(zip(_input_names(model), model.inputs, strict=True))
         self.sequences = _sequence_inputs(self.inputs)
+        self.takes_lengths = self._takes_lengths(lengths)
         self.outputs = _output_names(model)
         self.reverses_time = _reverses_time(model)
         self.per_step = _per_step_outputs(model, self.inputs, self.sequences)
+
+    def _takes_lengths(self, lengths):
+        timesteps = {name: self.inputs[name].shape[1] for name in self.sequences}
+        one_for_all = len(set(timesteps.values())) == 1
+        if lengths is None:
+            free = None in timesteps.values()
+            return free or (one_for_all and _makes_masks(self.model))
+        if lengths and not one_for_all:
+            raise ValueError(
+                "`lengths=True` needs sequences of one T, since all of them share "
+                f"`lengths`. Received: lengths=True with the T {timesteps}"
+            )
+        return lengths
 
     def set_weights(self, weights):
         """Sets the weights of the model, arrays in the order of `model.weights`."""
@@ -117,7 +142,7 @@ class ServedModel:
 
         def outputs(weights):
             self.set_weights(weights)
-            answers = predict(inputs, tf.fill([self.batch_size or 2], 8))
+            answers = predict(inputs, None)
             return [y.numpy() for y in answers.values() if y.dtype.is_floating]
 
         expected = outputs(weights)
@@ -178,6 +203,35 @@ class ServedModel:
             for name, x in self.inputs.items()
         }
 
+    def shapes(self, one_frame=False, lengths=True):
+        """The shape that each input must have, by name, for `require_shapes`.
+
+        Free sizes are `"B"`, `"T"` for the timesteps of the sequences that share
+        them, and a name of their own for all others. The first sequence comes first:
+        it defines B and T.
+
+        Args:
+            one_frame: Whether sequences come a frame at a time, without their T.
+            lengths: Whether all sequences share their lengths, and so their T.
+        """
+        first = self.sequences[0]
+        shapes = {}
+        for name in [first, *(name for name in self.inputs if name != first)]:
+            sizes = list(self.inputs[name].shape)
+            names = ["B", *(f"{name}_{axis}" for axis in range(1, len(sizes)))]
+            if name == first or (lengths and name in self.sequences):
+                names[1] = TIMESTEPS
+            sizes = [n if x is None else x for n, x in zip(names, sizes, strict=True)]
+            if one_frame and name in self.sequences:
+                del sizes[1]
+            shapes[name] = sizes
+        return shapes
+
+    @property
+    def rows(self):
+        """The first size of lengths and states, for `require_shapes`."""
+        return "B" if self.batch_size is None else self.batch_size
+
     def example_inputs(self, rows, timesteps, rng):
         """Random inputs that a model takes, as a dict of tensors.
 
@@ -230,13 +284,20 @@ class ServedModel:
         """The outputs for whole sequences.
 
         Args:
-            inputs: Dict of tensors.
-            lengths: int32 tensor (B,), clamped to 0..T.
-            compiled: Whether XLA compiles this.
+            inputs: Dict of tensors. Their shapes are checked as the graph runs.
+            lengths: int32 tensor (B,), clamped to 0..T; `None` where every frame
+                counts.
+            compiled: Whether XLA compiles this. It compiles no check of shapes.
 
         Returns:
             Dict of tensors, floats as float32; per-step ones zero past the lengths.
         """
+        if not compiled:
+            inputs, shapes = dict(inputs), self.shapes(lengths=lengths is not None)
+            if lengths is not None:
+                inputs[LENGTHS], shapes[LENGTHS] = lengths, [self.rows]
+            inputs = require_shapes(inputs, shapes)
+            lengths = inputs.pop(LENGTHS, None)
         return self._named(
             self._run(inputs, _Call(lengths, compiled=compiled)), lengths
         )
@@ -248,8 +309,8 @@ class ServedModel:
         Args:
             inputs: Dict of tensors.
             lengths: int32 tensor (B,), clamped to 0..T; `None` where all T are valid.
-            states: Dict of tensors, what the recurrent layers start from. Their batch
-                is that of the inputs: see `require_batch`.
+            states: Dict of tensors, what the recurrent layers start from. Callers
+                check the shapes of all three.
 
         Returns:
             Outputs as those of `predict`, and the dict of the states after the last
@@ -263,47 +324,15 @@ class ServedModel:
         names = [state.name for state in self.state_specs]
         return outputs, dict(zip(names, after, strict=True))
 
-    def require_batch(self, inputs, others):
-        """Checks that every tensor has the batch size of the first sequence.
-
-        A batch of one would otherwise broadcast silently: one user's state used for
-        another.
-
-        Args:
-            inputs: Dict of the model's inputs.
-            others: Dict of further tensors, (B, ...).
-
-        Returns:
-            `inputs` and `others` as dicts of tensors that depend on the check.
-        """
-        first = self.sequences[0]
-        rest = {name: x for name, x in inputs.items() if name != first} | others
-        if not rest:
-            return inputs, others
-        sizes = tf.stack([tf.shape(x)[0] for x in rest.values()])
-        names = ", ".join(f"`{name}`" for name in rest)
-        check = _require(
-            tf.reduce_all(sizes == tf.shape(inputs[first])[0]),
-            f"{names} must have the batch size of `{first}`. Received:",
-            sizes,
-        )
-        with tf.control_dependencies([check]):
-            return (
-                {name: tf.identity(x) for name, x in inputs.items()},
-                {name: tf.identity(x) for name, x in others.items()},
-            )
-
     def _run(self, inputs, call):
         """The flat outputs of the model."""
         masks = dict.fromkeys(inputs)
         cleaned = dict(inputs)
         if call.lengths is not None:
-            inputs, lengths = self._require_timesteps(inputs, call.lengths)
-            call.lengths = lengths
             for name in self.sequences:
                 x = inputs[name]
                 # Beyond 0..T a sequence mask is that of the bound: clamped.
-                masks[name] = mask = tf.sequence_mask(lengths, tf.shape(x)[1])
+                masks[name] = mask = tf.sequence_mask(call.lengths, tf.shape(x)[1])
                 cleaned[name] = tf.where(_expand(mask, x), x, _zero(x))
                 call.sequences += [cleaned[name], mask]
                 call.masks.append(mask)
@@ -333,35 +362,6 @@ class ServedModel:
             self._now = None
             if recurrent:
                 self._recurrent = recurrent  # the same layers in the same order
-
-    def _require_timesteps(self, inputs, lengths):
-        first = self.sequences[0]
-        shape = tf.shape(inputs[first])
-        checks = [
-            _require(
-                tf.shape(lengths)[0] == shape[0],
-                f"`{LENGTHS}` must have the batch size of `{first}`. Received:",
-                tf.shape(lengths)[0],
-            )
-        ]
-        for name in self.sequences[1:]:
-            own = tf.shape(inputs[name])
-            checks.append(
-                _require(
-                    tf.reduce_all(own[:2] == shape[:2]),
-                    f"`{name}` must have the batch size of `{first}` and as many "
-                    f"timesteps: `{LENGTHS}` are those of both. Received:",
-                    own,
-                )
-            )
-        # Checked before it is used: a batch of one would broadcast silently.
-        with tf.control_dependencies(checks):
-            lengths = tf.identity(lengths)
-            inputs = {
-                name: tf.identity(x) if name in self.sequences else x
-                for name, x in inputs.items()
-            }
-        return inputs, lengths
 
     def _named(self, outputs, lengths):
         named = {}
@@ -508,9 +508,11 @@ class ServedModel:
 MASK_ARGUMENTS = {"mask", "query_mask", "value_mask", "key_mask"}
 
 
-def _require(condition, message, found):
-    # Not `tf.debugging.Assert`: it wraps this operation in a conditional of a dozen.
-    return tf.raw_ops.Assert(condition=condition, data=[message, found], summarize=8)
+def _makes_masks(model):
+    return any(
+        isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
+        for layer in sublayers(model)
+    )
 
 
 def _zero(x):

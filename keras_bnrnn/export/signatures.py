@@ -5,19 +5,19 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bnrnn.export.served_model import LENGTHS, TIME
+from keras_bnrnn.export.shapes import require_shapes
 from keras_bnrnn.traversal import sublayers
 
 
 def serve_function(served):
-    """`serving_default`: whole sequences and their lengths to outputs."""
-    specs = [
-        *served.specs().values(),
-        tf.TensorSpec([served.batch_size], tf.int32, name=LENGTHS),
-    ]
+    """`serving_default`: whole sequences, and their lengths if so, to outputs."""
+    specs = list(served.specs().values())
+    if served.takes_lengths:
+        specs.append(tf.TensorSpec([served.batch_size], tf.int32, name=LENGTHS))
 
     @tf.function(autograph=False, input_signature=specs)
     def serve(*tensors):
-        *inputs, lengths = tensors
+        *inputs, lengths = tensors if served.takes_lengths else (*tensors, None)
         return served.predict(dict(zip(served.inputs, inputs, strict=True)), lengths)
 
     return serve
@@ -30,11 +30,13 @@ def step_function(served):
     """
     inputs = served.specs(one_frame=True)
     others = _state_specs(served)
+    specs = {**inputs, **others}
+    shapes = {**served.shapes(one_frame=True), **_state_shapes(served)}
 
-    @tf.function(autograph=False, input_signature=[*inputs.values(), *others.values()])
+    @tf.function(autograph=False, input_signature=list(specs.values()))
     def step(*tensors):
-        frame, states = _by_name(tensors, inputs, others)
-        frame, states = served.require_batch(frame, states)
+        tensors = require_shapes(dict(zip(specs, tensors, strict=True)), shapes)
+        frame, states = _split(tensors, inputs, others)
         t = states.pop(TIME)
         sequences = {
             name: x[:, None] if name in served.sequences else x
@@ -57,12 +59,13 @@ def chunk_function(served):
     lengths_spec = {LENGTHS: tf.TensorSpec([served.batch_size], tf.int32, name=LENGTHS)}
     others = _state_specs(served)
     specs = {**inputs, **lengths_spec, **others}
+    shapes = {**served.shapes(), LENGTHS: [served.rows], **_state_shapes(served)}
 
     @tf.function(autograph=False, input_signature=list(specs.values()))
     def chunk(*tensors):
-        frames, states = _by_name(tensors, inputs, {**lengths_spec, **others})
-        frames, states = served.require_batch(frames, states)
-        t, lengths = states.pop(TIME), states.pop(LENGTHS)
+        tensors = require_shapes(dict(zip(specs, tensors, strict=True)), shapes)
+        frames, states = _split(tensors, inputs, others)
+        t, lengths = states.pop(TIME), tensors[LENGTHS]
         outputs, states = served.advance(frames, lengths, states)
         timesteps = tf.shape(frames[served.sequences[0]])[1]
         valid = tf.clip_by_value(lengths, 0, timesteps)
@@ -78,9 +81,11 @@ def initial_state_function(served):
     """
     first = served.sequences[0]
     spec = tf.TensorSpec(None, served.inputs[first].dtype, name=first)
+    shapes = {first: [served.rows, ...]}
 
     @tf.function(autograph=False, input_signature=[spec])
     def initial_state(x):
+        x = require_shapes({first: x}, shapes)[first]
         batch_size = tf.shape(x)[0]
         return {
             **served.states(batch_size),
@@ -99,10 +104,15 @@ def _state_specs(served):
     return {**specs, TIME: tf.TensorSpec([rows], tf.int32, name=TIME)}
 
 
-def _by_name(tensors, *specs):
-    """Splits what a function with an input signature is called with."""
-    tensors = iter(tensors)
-    return [{name: next(tensors) for name in part} for part in specs]
+def _state_shapes(served):
+    rows = served.rows
+    shapes = {state.name: [rows, *state.shape] for state in served.state_specs}
+    return {**shapes, TIME: [rows]}
+
+
+def _split(tensors, *parts):
+    """Splits a dict of tensors into one for the names of each part."""
+    return [{name: tensors[name] for name in part} for part in parts]
 
 
 def why_not_causal(served, serve, step):
@@ -191,4 +201,5 @@ def _cut(served, inputs, where):
 
 def _call(serve, served, inputs, timesteps):
     rows = len(next(iter(inputs.values())))
-    return serve(*inputs.values(), tf.fill([rows], timesteps))
+    lengths = [tf.fill([rows], timesteps)] if served.takes_lengths else []
+    return serve(*inputs.values(), *lengths)

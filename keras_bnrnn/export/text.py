@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bnrnn.export.shapes import require_shapes
+
 
 def text_signatures(served, front_end, causal):
     """The signatures `text` and `generate` of a model of token ids.
@@ -505,6 +507,7 @@ class _Task(tf.Module):
         autograph=False, input_signature=[tf.TensorSpec([None], tf.string, name="text")]
     )
     def __call__(self, text):
+        text = require_shapes({"text": text}, {"text": ["B"]})["text"]
         ((name, x),) = self._served.inputs.items()
         ids = self.codec.ids(text)
         lengths = tf.cast(ids.row_lengths(), tf.int32)
@@ -558,6 +561,7 @@ class _Scorer(tf.Module):
         autograph=False, input_signature=[tf.TensorSpec([None], tf.string, name="text")]
     )
     def __call__(self, text):
+        text = require_shapes({"text": text}, {"text": ["B"]})["text"]
         ids = self.codec.ids(text)
         targets = ids.to_tensor()  # (B, T)
         timesteps = tf.shape(targets)[1]
@@ -594,7 +598,14 @@ class _Generator(tf.Module):
         ],
     )
     def __call__(self, prompt, max_tokens, temperature, seed):
-        prompt = _require_one_batch_size(prompt, max_tokens, temperature, seed)
+        given = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        given = require_shapes(given, {name: ["B"] for name in given})
+        prompt, max_tokens, temperature, seed = given.values()
         max_tokens = tf.clip_by_value(max_tokens, 0, self._most)
         # NaN is not above 0. An infinite temperature would make 0 of no chance NaN.
         temperature = tf.where(temperature > 0, tf.minimum(temperature, 1e9), 0.0)
@@ -670,20 +681,6 @@ class _Generator(tf.Module):
 def _any_batch_size(x):
     shape = tf.convert_to_tensor(x).shape
     return tf.TensorShape([None] * min(shape.rank, 1)).concatenate(shape[1:])
-
-
-def _require_one_batch_size(prompt, *others):
-    sizes = tf.stack([tf.shape(x)[0] for x in others])
-    check = tf.debugging.Assert(
-        tf.reduce_all(sizes == tf.shape(prompt)[0]),
-        [
-            "`max_tokens`, `temperature` and `seed` must have the batch size of "
-            "`prompt`. Received:",
-            sizes,
-        ],
-    )
-    with tf.control_dependencies([check]):
-        return tf.identity(prompt)
 
 
 def _continued(prompt, head, whole):

@@ -5,6 +5,7 @@ import numbers
 import tensorflow as tf
 
 from keras_bnrnn.export.served_model import LENGTHS
+from keras_bnrnn.export.shapes import require_shapes
 
 
 def check_buckets(buckets):
@@ -42,6 +43,7 @@ def xla_function(served, buckets):
             )
     inputs = served.specs()
     lengths_spec = tf.TensorSpec([None], tf.int32, name=LENGTHS)
+    shapes = {**served.shapes(), LENGTHS: [served.rows]}
 
     @tf.function(jit_compile=True, autograph=False)
     def compiled(tensors, lengths):
@@ -65,10 +67,9 @@ def xla_function(served, buckets):
 
     @tf.function(autograph=False, input_signature=[*inputs.values(), lengths_spec])
     def serve_xla(*tensors):
-        *tensors, lengths = tensors
-        tensors = dict(zip(inputs, tensors, strict=True))
-        tensors, others = served.require_batch(tensors, {LENGTHS: lengths})
-        lengths = others[LENGTHS]
+        tensors = dict(zip([*inputs, LENGTHS], tensors, strict=True))
+        tensors = require_shapes(tensors, shapes)
+        lengths = tensors.pop(LENGTHS)
         shape = tf.shape(tensors[served.sequences[0]])[:2]
         fits = tf.reduce_all(shape <= tf.constant(buckets), axis=1)
         smallest = tf.argmax(tf.concat([fits, [True]], 0), output_type=tf.int32)

@@ -125,6 +125,8 @@ class ServingClient:
 
         Raises:
             ValueError: if the inputs do not fit the signature.
+            InvalidRequest: if there is another number of `lengths` than of rows, or if
+                the server refuses the request.
             SignatureNotFound: if the model has no such signature.
             ModelNotFound: if the server does not serve the model or the version.
             DeadlineExceeded: if there is no answer in time.

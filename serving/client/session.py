@@ -9,13 +9,12 @@ import numpy as np
 
 from .client import find_signature
 from .errors import ModelNotFound, SessionExpired, SignatureNotFound
-from .tensors import Signature
+from .tensors import LENGTHS, Signature
 
 if TYPE_CHECKING:
     from .client import ServingClient
 
 _INITIAL_STATE, _STEP, _CHUNK = "initial_state", "step", "chunk"
-_LENGTHS = "lengths"
 
 
 class StreamingSession:
@@ -129,7 +128,7 @@ class StreamingSession:
             SessionExpired, ServingError: as `step`.
         """
         signature = self._find(_CHUNK)
-        inputs = self._inputs(signature, frames, {_LENGTHS}, "frames")
+        inputs = self._inputs(signature, frames, {LENGTHS}, "frames")
         if lengths is None:
             timesteps = max(
                 (x.shape[1] for x in inputs.values() if x.ndim > 1), default=0
@@ -141,7 +140,7 @@ class StreamingSession:
                 f"`lengths` must have the shape ({self.batch_size},). "
                 f"Received: lengths of shape {lengths.shape}"
             )
-        return self._advance(_CHUNK, {**inputs, _LENGTHS: lengths}, timeout)
+        return self._advance(_CHUNK, {**inputs, LENGTHS: lengths}, timeout)
 
     def reset(self) -> None:
         """Starts new sequences, with the version of the old ones."""
@@ -192,7 +191,7 @@ class StreamingSession:
     ) -> dict[str, np.ndarray]:
         answer = self._call(name, {**self.states, **inputs}, timeout)
         self.states = {state: answer.pop(state) for state in self.states}
-        answer.pop(_LENGTHS, None)
+        answer.pop(LENGTHS, None)
         return answer
 
     def _call(

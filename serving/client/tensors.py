@@ -6,6 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from .errors import InvalidRequest
+
+# The input of signatures of `keras_bnrnn` that has a number for each row.
+LENGTHS = "lengths"
+
 _BFLOAT16 = "bfloat16"
 
 
@@ -53,6 +58,7 @@ class Signature:
 
         Raises:
             ValueError: for names, dtypes or shapes that do not fit.
+            InvalidRequest: for `lengths` of another number than there are rows.
         """
         if set(inputs) != set(self.inputs):
             raise ValueError(
@@ -60,9 +66,11 @@ class Signature:
                 f"Received: inputs with the names {sorted(inputs)}"
             )
         # In the caller's order; that of a signature changes from server to server.
-        return {
+        arrays = {
             name: _fit(name, value, self.inputs[name]) for name, value in inputs.items()
         }
+        _check_lengths(arrays)
+        return arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +129,20 @@ def _fit(name: str, value: Any, spec: TensorSpec) -> np.ndarray:
             f"Received: {name} of shape {array.shape}"
         )
     return array
+
+
+def _check_lengths(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuses `lengths` that are not one for each row of every other input."""
+    lengths = arrays.get(LENGTHS)
+    if lengths is None or lengths.ndim != 1:
+        return
+    for name, array in arrays.items():
+        if array.ndim and len(array) != len(lengths):
+            raise InvalidRequest(
+                f"`{LENGTHS}` must have one number for each of the {len(array)} rows "
+                f"of `{name}`. Received: {LENGTHS}={_short(lengths.tolist())}",
+                "INVALID_ARGUMENT",
+            )
 
 
 def _to_bytes(name: str, array: np.ndarray) -> np.ndarray:
