@@ -87,7 +87,7 @@ def training(arguments):
 
 
 def fit(arguments):
-    """Epochs of whole models under `fit`, as a user trains them."""
+    """Steps of whole models under `fit`, as a user trains them."""
     import contenders
     import keras
     import timing
@@ -380,14 +380,23 @@ def times_table(results):
     return table(rows)
 
 
+def machines(data):
+    """A sentence for each machine on which parts were measured."""
+    parts = {}
+    for part, about in data.get("machines", {}).items():
+        text = f"{about['machine']}. {about['versions']}. {about['date']}."
+        parts.setdefault(text, []).append(part)
+    if len(parts) == 1:
+        return "Machine: " + next(iter(parts))
+    return " ".join(f"Machine of {', '.join(of)}: {text}" for text, of in parts.items())
+
+
 def report(data):
     """RESULTS.md of what was measured."""
-    about = data.get("about") or data["gpu"]["about"]
     lines = [
         "# Results",
         "",
-        "Made by `make bench`. Machine: "
-        f"{about['machine']}. {about['versions']}. {about['date']}. Ratios are of "
+        f"Made by `make bench`. {machines(data)} Ratios are of "
         "medians of one run in which the contenders took turns; times are "
         "milliseconds, with the middle half of the measurements in brackets. The "
         "machine is shared: times move by some 20 % from run to run, ratios by less.",
@@ -512,18 +521,18 @@ def fit_section(data):
     lines = [
         "## `fit` of whole models",
         "",
-        "The time of an epoch of `model.fit` with our layers over that with the stock "
+        "The time of a step of `model.fit` with our layers over that with the stock "
         f"Keras layers: T {timesteps}, D {width}, U {units}, a `Dense` layer on top, "
         "Adam. Below 1, ours is faster. Keras compiles with XLA by default only where "
         "it sees a GPU: on this machine the default is a plain TensorFlow graph.",
         "",
-        "![Epochs of fit](training.png)",
+        "![Steps of fit](training.png)",
         "",
         table(rows),
         "",
     ]
     for kind, results in data["fit"].items():
-        lines += [f"Milliseconds an epoch, {FIT_TITLES[kind]}:", ""]
+        lines += [f"Milliseconds a step, {FIT_TITLES[kind]}:", ""]
         lines += [times_table(results), ""]
     return lines
 
@@ -539,7 +548,7 @@ def fit_chart(data, directory, plt):
         axis.set_xticks(range(len(results)), [r["shape"][0] for r in results])
         axis.set_xlabel("batch size")
         axis.set_title(FIT_TITLES[kind], fontsize=10)
-    axes[0].set_ylabel("epoch of fit, stock Keras layer = 1")
+    axes[0].set_ylabel("step of fit, stock Keras layer = 1")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
@@ -579,7 +588,7 @@ def charts(data, directory):
             range(len(results)),
             ["B {}, T {}, D {}, U {}".format(*r["shape"]) for r in results],
         )
-        axis.set_ylabel("training step, keras LSTM = 1")
+        axis.set_ylabel("single step, the faster of graph and XLA;\nkeras LSTM = 1")
         figure.legend(loc="upper center", ncols=3, fontsize=8, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 0.9))
         figure.savefig(directory / "steps.png", dpi=120)
@@ -671,7 +680,7 @@ def main():
     elif not arguments.report:
         for part in arguments.only:
             data[part] = PARTS[part](arguments)
-            data["about"] = about()
+            data.setdefault("machines", {})[part] = about()
             path.write_text(json.dumps(data, indent=1) + "\n")
     (directory / "RESULTS.md").write_text(report(data))
     charts(data, directory)
