@@ -66,7 +66,8 @@ def fold(model, return_report=False):
 
     Returns:
         The folded model, its layers named as those of `model`, compiled as `model` is
-        if all that it is compiled with is Keras' or registered with Keras; with
+        if all that it is compiled with is Keras' or registered with Keras (its
+        optimizer makes its slots only when the folded model trains); with
         `return_report`, `(folded, report)`. A layer that cannot fold is kept, frozen,
         and a warning names it: one with peepholes, one of a subclass that overrides a
         method of its equations (`step`, `call`, `inner_loop`, `build`, `own_weights`
@@ -95,10 +96,13 @@ def fold(model, return_report=False):
     if not folded.built:
         folded.build([x.shape for x in model.inputs])
     _copy_weights(model, folded)
-    if model.compiled:
+    if model.compiled and type(model).compile is keras.Model.compile:
         # A loss or metric that is not registered with Keras has no configuration.
         with contextlib.suppress(TypeError, ValueError):
-            folded.compile_from_config(model.get_compile_config())
+            config = keras.saving.deserialize_keras_object(model.get_compile_config())
+            # Not `compile_from_config`: it makes the slots of the optimizer, which a
+            # model for inference does not need. Training makes them when it starts.
+            folded.compile(**config)
     kept = [entry for entry in report if entry.kept_because is not None]
     if kept:
         warnings.warn(

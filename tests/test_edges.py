@@ -182,6 +182,20 @@ def test_folding_leaves_the_model_compiled(rng, monkeypatch):
     assert seen == [True] and model.compiled and folded.compiled
 
 
+def test_a_folded_model_has_no_slots_until_it_trains(rng):
+    model = keras.Sequential([keras.Input((T, D)), BNLSTM(U), keras.layers.Dense(1)])
+    model.compile("adam", "mse", metrics=["mae"])
+    x, y = frames(rng), np.zeros((B, 1))
+    model.fit(x, y, verbose=0)
+    folded = fold(model)
+    assert len(folded.optimizer.variables) == 2 < len(model.optimizer.variables)
+    answers = (m.evaluate(x, y, verbose=0) for m in (folded, model))
+    for a, b in zip(*answers, strict=True):
+        assert abs(a - b) <= 1e-5
+    folded.fit(x, y, verbose=0)
+    assert len(folded.optimizer.variables) > 2
+
+
 def test_a_layer_shared_with_a_nested_model_is_folded_once(rng):
     shared = BNLSTM(D, return_sequences=True, name="shared")
     x = keras.Input((T, D))
