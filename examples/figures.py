@@ -275,11 +275,11 @@ def figure4(logs):
 
 def figure5(logs):
     """Statistics of each timestep beside those of whole sequences."""
-    tasks = {
-        "speech": ("speech-input-1", "speech-input-frame-1", "frame_cross_entropy"),
-        "digits, pixel by pixel": ("digits-input-1", "digits-frame-1", "loss"),
-    }
-    tasks = {k: v for k, v in tasks.items() if v[0] in logs and v[1] in logs}
+    tasks = {}
+    for title, (*both, metric) in STATISTICS.items():
+        first = [seeds(logs, name)[:1] for name in both]
+        if all(first):
+            tasks[title] = [log for (log,) in first], metric
     if not tasks:
         return None
     figure, panels = plt.subplots(
@@ -287,12 +287,11 @@ def figure5(logs):
         **{"figsize": (1 + 4.5 * len(tasks), 4), "squeeze": False},
         layout="constrained",
     )
-    for axes, (title, names) in zip(panels[0], tasks.items(), strict=True):
-        *both, metric = names
-        for name, label, color in zip(
+    for axes, (title, (both, metric)) in zip(panels[0], tasks.items(), strict=True):
+        for log, label, color in zip(
             both, ("sequence-wise", "frame-wise"), ("tab:blue", "tab:red"), strict=True
         ):
-            curves(axes, logs[name], metric, label, color)
+            curves(axes, log, metric, label, color)
         axes.set(xlabel="epoch", ylabel="cross-entropy, nats", title=title)
     panels[0][0].legend()
     return figure
@@ -743,25 +742,35 @@ def best_of_three(logs, name, metric):
     }
 
 
+STATISTICS = {
+    "speech, new strings": (
+        *("speech-input", "speech-input-frame"),
+        "frame_cross_entropy",
+    ),
+    "digits, pixel by pixel": ("digits-input", "digits-frame", "loss"),
+}
+
+
 def section_statistics(logs):
     rows = []
-    pairs = {
-        "speech": ("speech-input-1", "speech-input-frame-1", "frame_cross_entropy"),
-        "digits, pixel by pixel": ("digits-input-1", "digits-frame-1", "loss"),
-    }
-    for task, (sequence, frame, metric) in pairs.items():
-        if sequence in logs and frame in logs:
+    for task, (*both, metric) in STATISTICS.items():
+        pairs = list(zip(*(seeds(logs, name) for name in both), strict=False))
+        if pairs:
             cells = [
-                f"{logs[n].best(metric):.3g} / {logs[n].best('val_' + metric):.3g}"
-                for n in (sequence, frame)
+                " / ".join(
+                    spread([log.best(prefix + metric) for log in of_kind])
+                    for prefix in ("", "val_")
+                )
+                for of_kind in zip(*pairs, strict=True)
             ]
-            rows.append([task, *cells])
+            rows.append([task, len(pairs), *cells])
     text = "## Frame-wise against sequence-wise statistics\n\n"
     if rows:
         text += (
             "![Curves of both](figures/figure5_statistics.png)\n\n"
-            "The table gives the best training / validation cross-entropy of one "
-            "seed.\n\n" + table(["task", "sequence-wise", "frame-wise"], rows)
+            "The table gives the best training / validation cross-entropy. The figure "
+            "shows the first seed.\n\n"
+            + table(["task", "seeds", "sequence-wise", "frame-wise"], rows)
         )
     leak = logs.get("language_model-small-input-sequence")
     if leak and "language_model-small-input" in logs:

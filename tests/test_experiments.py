@@ -460,3 +460,79 @@ def test_the_page_quotes_no_figure_of_the_paper(figures, docs):
     page = figures.results_page(figures.read_logs(docs / "experiments"))
     assert "https://arxiv.org/abs/1510.01378" in page
     assert "recalled" not in page and "the paper's |" not in page
+
+
+def test_the_guide_has_the_figures_of_the_logs(figures):
+    """Each figure of docs/when_it_helps.md that an experiment gave."""
+    logs = figures.read_logs(DOCS / "experiments")
+    guide = " ".join((DOCS / "when_it_helps.md").read_text(encoding="utf-8").split())
+
+    def best(prefix, metric):
+        found = figures.seeds(logs, prefix)
+        return figures.statistics.mean(log.best(metric) for log in found)
+
+    def end(prefix, part="dev"):
+        found = figures.seeds(logs, prefix)
+        return [log.results[part]["frame_cross_entropy"] for log in found]
+
+    def said(sentence):
+        assert sentence in guide
+
+    mean = figures.statistics.mean
+    dev = [best(f"speech-{n}", "val_frame_cross_entropy") for n in ("input", "none")]
+    said("({:.2f} nats a frame against {:.2f})".format(*dev))
+    _, ratios = figures.catching_up(logs)
+    said(f"in {mean(ratios['speech, 5 x 32 each way']):.2f} of its time")
+    digits = ratios["digits, pixel by pixel"]
+    said(f"best training loss in {mean(digits):.2f} of the time on average")
+    assert sum(ratio < 1 for ratio in digits) == 4
+    said("faster in four of five seeds")
+    points = figures.grid_points(logs).values()
+    said(f"in {sum(bn < none for none, bn in points)} of {len(points)} settings")
+    grid = [bn / none for none, bn in points]
+    said(f"{min(grid):.2f} to {max(grid):.2f} of that without")
+    medium = [logs[f"language_model-medium-{n}"] for n in ("input", "none")]
+    hour = [log["val_perplexity"][-1] for log in medium]
+    said("{:.0f} with normalisation and of {:.0f} without".format(*hour))
+
+    small = [logs[f"language_model-small-{n}"] for n in ("input", "none")]
+    training = [log.best("perplexity") for log in small]
+    said("falls to {:.0f} with normalisation and to {:.0f} without".format(*training))
+    validation = [log.best("val_perplexity") for log in small]
+    said("is {:.0f} with normalisation and {:.0f} without".format(*validation))
+    assert small[0].reaches("val_perplexity", validation[0]) == 5
+    said(f"rises to {max(small[0]['val_perplexity'][5:]):.0f} after it")
+
+    before, plain = end("speech-input-speakers"), end("speech-none-speakers")
+    after = end("speech-input-speakers", "dev_recalibrated")
+    said(f"{mean(before):.2f} nats a frame after the last epoch, {mean(plain):.2f} for")
+    said(
+        f"brings the normalised model to {mean(after):.2f}, lower in each of the three"
+    )
+    moved = [f"{b:.2f} to {a:.2f}" for b, a in zip(before, after, strict=True)]
+    said(f"({', '.join(moved)})")
+    assert sum(a < n for a, n in zip(after, plain, strict=True)) == 2
+    said("(plain: {:.2f}, {:.2f} and {:.2f})".format(*plain))
+
+    _, digits = figures.best_of_three(logs, *figures.JOINT["digits, pixel by pixel"])
+    said(f"({mean(digits['joint']):.2f} nats at best, {mean(digits['none']):.2f} with")
+    _, speech = figures.best_of_three(logs, *figures.JOINT["speech, new strings"])
+    speech = {n: mean(values) for n, values in speech.items()}
+    said("({joint:.2f} against {none:.2f})".format(**speech))
+    said("normalisation alone ({input:.2f})".format(**speech))
+    _, language = figures.best_of_three(logs, *figures.JOINT["language model, small"])
+    language = {n: mean(values) for n, values in language.items()}
+    said("is {joint:.0f}, against {none:.0f} without".format(**language))
+    said("and {input:.0f} with input-to-hidden".format(**language))
+
+    leak, fair = (
+        logs[f"language_model-small-input{suffix}"].rows[1]
+        for suffix in ("-sequence", "")
+    )
+    said(
+        f"validation perplexity of {leak['val_perplexity']:.0f} after two epochs, "
+        f"against {fair['val_perplexity']:.0f}"
+    )
+    said(f"({leak['perplexity']:.0f} against {fair['perplexity']:.0f})")
+    frame, sequence = (best(f"digits-{n}", "val_loss") for n in ("frame", "input"))
+    said(f"is {frame:.2f} nats with frame-wise statistics and {sequence:.2f} with")
