@@ -47,12 +47,12 @@ class Log:
         return next((int(epoch) for epoch in epochs), None)
 
     def cpu_seconds(self, epoch):
-        """Of training, up to the end of an epoch."""
+        """CPU seconds of training up to the end of an epoch."""
         return sum(row["cpu_seconds"] for row in self.rows if row["epoch"] <= epoch)
 
     @property
     def stopped(self):
-        """Whether its hours were over before its epochs."""
+        """Whether `--hours` ended the run before its last epoch."""
         return "part" in self.rows[-1]
 
     @property
@@ -61,7 +61,7 @@ class Log:
         return [row["epoch"] - 1 + row.get("part", 1) for row in self.rows]
 
     def within(self, timesteps):
-        """How training went between the ends of epochs, of a run that had hours.
+        """The course of training within the epochs of a run with `--hours`.
 
         Returns:
             List of `(updates, cpu_seconds, perplexity)`, one for each mean over
@@ -84,7 +84,7 @@ class Log:
 
 
 def read_logs(folder):
-    """Dict from name to `Log` of what is published of today's list of runs."""
+    """Dict from name to `Log`, of the listed runs that have a log."""
     logs = {}
     for run in experiments.runs():
         if experiments.is_published(run, folder):
@@ -122,7 +122,7 @@ def main(argv=None):
 
 
 def curves(axes, log, metric, label, color, **style):
-    """Training whole, validation dashed."""
+    """Draws training as a solid line and validation as a dashed one."""
     epochs = log.ends
     axes.plot(epochs, log[metric], color=color, label=f"{label}, training", **style)
     axes.plot(
@@ -184,7 +184,7 @@ def figure2(logs):
 
 
 def by_minutes(axes, log, label, color):
-    """Training as it went, validation where an epoch ended or was cut short."""
+    """Draws training over time, and validation at the end of each epoch."""
     points = [(seconds / 60, value) for _, seconds, value in smoothed(log)]
     axes.plot(*zip(*points, strict=True), color=color, label=f"{label}, training")
     minutes = [log.cpu_seconds(row["epoch"]) / 60 for row in log.rows]
@@ -196,7 +196,7 @@ def by_minutes(axes, log, label, color):
 
 
 def limited(logs, size):
-    """Whether a run of a language model's size was stopped after its hours."""
+    """Whether `--hours` ended a run of a language model's size."""
     names = (f"language_model-{size}-{n}" for n in ("none", "input"))
     return any(logs[name].stopped for name in names if name in logs)
 
@@ -205,7 +205,7 @@ WINDOW = 4  # means; as many as make a noisy curve of text readable
 
 
 def smoothed(log):
-    """`within`, each perplexity that of the last `WINDOW` means together."""
+    """`Log.within`, with perplexities averaged over the last `WINDOW` means."""
     points = log.within(log.record["configuration"]["timesteps"])
     for last in range(WINDOW, len(points) + 1):
         logarithms = [math.log(value) for *_, value in points[last - WINDOW : last]]
@@ -244,7 +244,7 @@ def figure3(logs):
 
 
 def figure4(logs):
-    """The hidden-to-hidden normalisation beside the other two."""
+    """Hidden-to-hidden normalisation, compared with the other two layers."""
     tasks = {}
     for title, (name, metric) in JOINT.items():
         first = {n: seeds(logs, name.format(n))[:1] for n in LABELS}
@@ -274,7 +274,7 @@ def figure4(logs):
 
 
 def figure5(logs):
-    """Statistics of each timestep beside those of whole sequences."""
+    """Frame-wise statistics, compared with sequence-wise ones."""
     tasks = {}
     for title, (*both, metric) in STATISTICS.items():
         first = [seeds(logs, name)[:1] for name in both]
@@ -330,7 +330,7 @@ def table(head, rows):
 
 
 def spread(values, form="{:.3g}", deviation="{:.1g}"):
-    """Mean and standard deviation over seeds; of a single one, the value."""
+    """Mean and standard deviation over seeds, or the value of a single seed."""
     mean = form.format(statistics.mean(values))
     if len(values) < 2:
         return mean
@@ -338,7 +338,7 @@ def spread(values, form="{:.3g}", deviation="{:.1g}"):
 
 
 def catching_up(logs):
-    """When the normalised model is where the baseline gets at best, in training.
+    """When the normalised model reaches the baseline's best training value.
 
     Returns:
         List of rows of a table, and for each task the ratio of CPU times of each seed,
@@ -421,7 +421,7 @@ joint the sum of both terms: `BN(W x_t + U h_{t-1})`."""
 
 
 def at_equal_updates(logs):
-    """How far training was where the slower of two runs that had hours was stopped.
+    """Compares two runs with `--hours` after the updates of the slower one.
 
     Returns:
         Dict from size to the number of updates and, by normalisation, the training
