@@ -27,7 +27,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
-# The runs behind docs/experiments.md: some six hours on two cores, each made once;
+# The runs behind docs/experiments.md: some four hours on two cores, each made once;
 # interrupted ones go on. DATA_DIR: a folder with ptb/ and fsdd/, else downloaded.
 experiments: $(READY)
 	$(BIN)/python examples/experiments.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(RUNS)

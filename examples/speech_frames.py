@@ -23,8 +23,9 @@ of a batch. A learning rate for it is some hundred times lower than for a mean o
 frames. What is reported is cross-entropy in nats per valid frame and the error rate of
 valid frames, of the training strings as they are trained on and of the development
 strings, for each epoch, and at the end with exact population statistics in
-results.json. Restarted after a kill, training goes on where it was and ends with the
-same curve.
+results.json. With --split speaker, results.json also has the development strings
+measured with their own population statistics, which need no labels. Restarted after a
+kill, training goes on where it was and ends with the same curve.
 """
 
 import argparse
@@ -653,23 +654,37 @@ def is_error(classes, logits):
 def evaluate(model, utterances, arguments):
     """Cross-entropy and error rate per frame, by exact population statistics.
 
+    With `--split speaker` a normalised model is evaluated on the development strings
+    twice: with the statistics of the training strings, and with those of the
+    development strings, which need no labels. The model keeps the latter.
+
     Returns:
-        Dict of `train` and `dev`, each a dict from a metric's name to its value.
+        Dict of `train`, `dev` and, for a normalised model and new speakers,
+        `dev_recalibrated`, each a dict from a metric's name to its value.
     """
-    if arguments.normalize != "none":
+    results = {}
+
+    def measure(name, part):
+        results[name] = model.evaluate(
+            batches(utterances[part], arguments.batch_size), verbose=0, return_dict=True
+        )
+        print(
+            f"{name}: {results[name]['frame_cross_entropy']:.4f} nats a frame, "
+            f"frame error {results[name]['frame_error_rate']:.2%}"
+        )
+
+    normalized = arguments.normalize != "none"
+    if normalized:
         print("Exact population statistics of the training strings")
         keras_bnrnn.recalibrate(
             model, batches(utterances["train"], arguments.batch_size)
         )
-    results = {}
-    for part, of_part in utterances.items():
-        results[part] = model.evaluate(
-            batches(of_part, arguments.batch_size), verbose=0, return_dict=True
-        )
-        print(
-            f"{part}: {results[part]['frame_cross_entropy']:.4f} nats a frame, "
-            f"frame error {results[part]['frame_error_rate']:.2%}"
-        )
+    for part in utterances:
+        measure(part, part)
+    if normalized and arguments.split == "speaker":
+        print("Exact population statistics of the development strings")
+        keras_bnrnn.recalibrate(model, batches(utterances["dev"], arguments.batch_size))
+        measure("dev_recalibrated", "dev")
     return results
 
 

@@ -626,6 +626,54 @@ def test_a_run_of_the_stock_layer(example, folder, tmp_path, capsys):
     assert "Recalibrating" not in capsys.readouterr().out
 
 
+def one_layer(example, folder, output, *arguments):
+    arguments = parse(example, folder, output, *arguments)
+    arguments.layers = 1
+    return arguments, example.load(arguments), example.build_model(arguments)
+
+
+@pytest.mark.parametrize("labels", ["true", "random"])
+def test_new_speakers_are_recalibrated_on_features_alone(
+    labels, example, folder, tmp_path, rng
+):
+    arguments, utterances, model = one_layer(
+        example, folder, tmp_path, "--split", "speaker"
+    )
+    trained = {weight.path: weight.numpy() for weight in model.trainable_weights}
+    if labels == "random":
+        for number, utterance in enumerate(utterances["dev"]):
+            classes = rng.integers(0, 11, len(utterance.classes)).astype("int32")
+            utterances["dev"][number] = utterance._replace(classes=classes)
+    results = example.evaluate(model, utterances, arguments)
+    assert list(results) == ["train", "dev", "dev_recalibrated"]
+    assert results["dev_recalibrated"].keys() == results["dev"].keys()
+    assert results["dev_recalibrated"] != pytest.approx(results["dev"], rel=1e-3)
+
+    # One layer: the statistics are those of W x over the frames of the dev strings.
+    frames = np.concatenate([u.features for u in utterances["dev"]]).astype("float64")
+    bidirectional = model.layers[1]
+    for layer in (bidirectional.forward_layer, bidirectional.backward_layer):
+        projected = frames @ layer.cell.kernel.numpy().astype("float64")
+        norm = layer.cell.input_norm
+        # float32 sums over some thousands of frames.
+        for received, expected in (
+            (norm.moving_mean, projected.mean(axis=0)),
+            (norm.moving_variance, projected.var(axis=0)),
+        ):
+            np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-5)
+    for weight in model.trainable_weights:
+        np.testing.assert_array_equal(weight, trained[weight.path])
+
+
+def test_only_normalised_models_are_recalibrated_and_on_new_speakers(
+    example, folder, tmp_path
+):
+    for options in (("--split", "speaker", "--normalize", "none"), ()):
+        arguments, utterances, model = one_layer(example, folder, tmp_path, *options)
+        results = example.evaluate(model, utterances, arguments)
+        assert list(results) == ["train", "dev"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
@@ -638,7 +686,8 @@ def test_a_run_of_the_stock_layer(example, folder, tmp_path, capsys):
 )
 def test_other_runs(arguments, example, folder, tmp_path):
     results = main(example, folder, tmp_path, *arguments)
-    for part in ("train", "dev"):
+    assert ("dev_recalibrated" in results) == ("speaker" in arguments)
+    for part in results.keys() - {"epochs"}:
         assert np.isfinite(list(results[part].values())).all()
 
 
