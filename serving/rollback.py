@@ -140,7 +140,7 @@ def change_versions(config, model, load=(), labels=None, unload=()):
         )
     versions = sorted(({*policy.specific.versions} | {*load}) - {*unload})
     found[0].version_labels.update(labels or {})
-    for label, version in found[0].version_labels.items():
+    for label, version in sorted(found[0].version_labels.items()):
         if version not in versions:
             raise ValueError(
                 f"A label must name a version that is loaded, one of {versions}. "

@@ -60,12 +60,15 @@ SAMPLED = {
 # Files of which it runs every test, but of its variants every n-th.
 VARIANTS = {
     "test_calibration.py": 2,
+    "test_cancellation.py": 2,
+    "test_edges.py": 2,
     "test_export.py": 3,
     "test_export_shapes.py": 4,
     "test_folding.py": 4,
     "test_fused.py": 4,
     "test_layers_keras.py": 5,
     "test_layers_math.py": 5,
+    "test_population_guards.py": 5,
     "test_serving.py": 3,
     "test_speech_frames.py": 3,
 }

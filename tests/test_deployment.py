@@ -700,7 +700,7 @@ def test_guides_name_what_there_is(name, capsys):
 
 def test_docker_run_of_the_guide_has_threads_for_the_clients():
     text = (ROOT / "docs/serving.md").read_text()
-    (command,) = re.findall(r"```\n(docker run .*?)```", text, re.S)
+    (command,) = re.findall(r"```sh\n(docker run .*?)```", text, re.S)
     arguments = command.split("tensorflow/serving:")[1].split()[1:]
     assert int(flags(arguments)["grpc_max_threads"]) >= 256
 

@@ -48,7 +48,10 @@ NOT_RUN = {
     "make demo": "takes minutes; test_examples.py runs its program with --smoke",
     "make test": "runs this test",
     "docker run --rm -p 8500:8500 -p 8501:8501 -e MODEL_NAME=speech "
-    '-v "$PWD/models:/models:ro" tensorflow/serving:2.19.1': "needs Docker",
+    '-v "$PWD/models:/models:ro" tensorflow/serving:2.19.1 '
+    "--grpc_max_threads=256": "needs Docker",
+    "python -m keras_bnrnn_client.front --target 127.0.0.1:8500 "
+    "--listen 0.0.0.0:8510": "runs until it is stopped; test_front.py runs the front",
 }
 
 
