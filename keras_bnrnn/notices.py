@@ -8,9 +8,10 @@ import keras
 def warn_if(condition, warn):
     """Calls `warn()` in Python where a boolean scalar is true.
 
-    Eager calls test the condition at once; in a graph an operation of its own does,
-    in each run. A function that XLA compiles can call nothing: there, and on other
-    backends than TensorFlow, nothing is warned of.
+    An eager call tests the condition at once. In a graph, an operation tests it in
+    each run. A function that XLA compiles cannot call Python: there, and on other
+    backends than TensorFlow, this does nothing. A `tf.function` that was traced outside
+    of XLA must not be called from one that XLA compiles.
 
     Args:
         condition: Boolean scalar tensor.
@@ -33,10 +34,9 @@ def warn_if(condition, warn):
 
 
 def is_compiled_by_xla():
-    """Whether what is traced now is a `tf.function` with `jit_compile=True`.
+    """Whether the function that is being traced is a `jit_compile=True` one.
 
-    TensorFlow exports the function for Keras and its like, not for everybody: a test
-    holds it to what it does.
+    `tf.__internal__` is no stable API: a test fails if this function of it changes.
     """
     import tensorflow as tf
 
@@ -44,9 +44,9 @@ def is_compiled_by_xla():
 
 
 class Once:
-    """Warns of each subject once.
+    """Gives the warning of each subject once.
 
-    A plain object, of which Keras neither tracks nor saves anything.
+    A plain object: Keras neither tracks nor saves it.
     """
 
     def __init__(self):

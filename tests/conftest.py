@@ -49,7 +49,7 @@ def float64():
 SAMPLED = {
     "test_client.py": 4,
     "test_deployment.py": 3,
-    "test_export_checks.py": 4,
+    "test_export_checks.py": 8,
     "test_export_streaming.py": 6,
     "test_export_text.py": 16,
     "test_formats.py": 12,
@@ -61,8 +61,10 @@ SAMPLED = {
 VARIANTS = {
     "test_calibration.py": 2,
     "test_cancellation.py": 2,
+    "test_client_padding.py": 2,
     "test_edges.py": 2,
     "test_export.py": 3,
+    "test_export_lengths.py": 2,
     "test_export_shapes.py": 4,
     "test_folding.py": 4,
     "test_fused.py": 4,
@@ -70,7 +72,7 @@ VARIANTS = {
     "test_layers_math.py": 5,
     "test_population_guards.py": 5,
     "test_serving.py": 3,
-    "test_speech_frames.py": 3,
+    "test_speech_frames.py": 6,
 }
 
 

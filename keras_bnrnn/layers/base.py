@@ -463,14 +463,14 @@ FUNCTION = ("step", "call", "inner_loop", "build", "own_weights", "folded_weight
 
 
 def changes_function(layer, base):
-    """Names of the methods by which `type(layer)` is another function than `base`.
+    """Names of the methods of `FUNCTION` that `type(layer)` overrides.
 
     Args:
         layer: A `BNCell`, `BNRNN` or `SequenceBatchNorm`, of a subclass of `base`.
         base: A class of this package.
 
     Returns:
-        List of `"Class.method"`, those of a layer's cell included.
+        List of `"Class.method"`. The cell of a layer is not looked at.
     """
     cls = type(layer)
     return [
