@@ -38,27 +38,32 @@ def model(name, shape, kind="lstm", mode="graph"):
         kind: The kind of layer.
         mode: With `"xla"`, no cuDNN kernel, which XLA does not have.
     """
-    own, stock = KINDS[kind]
-    options = {"return_sequences": True}
-    if mode == "xla" and kind != "simple_rnn":
-        options["use_cudnn"] = False
-    batch, timesteps, width, units = shape
+    batch, timesteps, width, _ = shape
     inputs = keras.Input(
         (timesteps, width),
         # Frame-wise statistics of one row are refused where they can be foreseen.
         batch_size=None if name == "bn frame" else batch,
     )
-    if name == "keras":
-        outputs = stock(units, **options)(inputs)
-    elif name == "keras bn":
+    outputs = inputs
+    if name == "keras bn":
         outputs = keras.layers.BatchNormalization()(inputs)
-        outputs = stock(units, **options)(outputs)
-    else:
-        statistics = "frame" if name == "bn frame" else "sequence"
-        layer = own(units, statistics=statistics, **options)
-        outputs = layer(inputs)
-        layer.input_norm.trainable = name != "bn off"
+    recurrent = layer(name, shape, kind, mode)
+    outputs = recurrent(outputs)
+    if name == "bn off":
+        recurrent.input_norm.trainable = False
     return keras.Model(inputs, outputs)
+
+
+def layer(name, shape, kind="lstm", mode="graph"):
+    """The recurrent layer of a `model`, with the same arguments."""
+    own, stock = KINDS[kind]
+    options = {"return_sequences": True}
+    if mode == "xla" and kind != "simple_rnn":
+        options["use_cudnn"] = False
+    if name.startswith("keras"):
+        return stock(shape[-1], **options)
+    statistics = "frame" if name == "bn frame" else "sequence"
+    return own(shape[-1], statistics=statistics, **options)
 
 
 FIT_MODELS = ("lstm", "gru", "masked lstm")

@@ -1,0 +1,34 @@
+"""Models that version 0.1.0 saved load, and answer as they did then."""
+
+import keras
+import numpy as np
+import pytest
+import saved_answers
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    return directory, saved_answers.read(directory)
+
+
+@pytest.mark.parametrize("name", list(saved_answers.layers()))
+def test_saved_answers(name, saved):
+    """1e-6, of float64 layers but for those that are float32."""
+    directory, arrays = saved
+    masks = {
+        key.removeprefix("mask/"): value
+        for key, value in arrays.items()
+        if key.startswith("mask/")
+    }
+    model = keras.saving.load_model(directory / f"{name}.keras", compile=False)
+    (layer,) = model.layers
+    found = saved_answers.answers(name, layer, arrays["x"], {"none": None, **masks})
+    expected = {
+        key.removeprefix(f"{name}/"): value
+        for key, value in arrays.items()
+        if key.startswith(f"{name}/")
+    }
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
