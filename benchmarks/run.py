@@ -203,9 +203,9 @@ def gpu(arguments):
     """Training and inference on a GPU: graphs with cuDNN, XLA without."""
     import contenders
 
-    from keras_bnrnn.layers.fused import gpu_is_visible
+    from keras_bnrnn.backend import has_fused_kernels
 
-    if not gpu_is_visible():
+    if not has_fused_kernels():
         raise SystemExit("--gpu: TensorFlow sees no GPU here.")
     shapes = [*contenders.SHAPES, (64, 200, 512, 512)]
     names = ["bn", "bn off", "keras"]

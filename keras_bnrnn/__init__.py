@@ -3,7 +3,6 @@
 import importlib.metadata
 
 from keras_bnrnn.calibration import recalibrate
-from keras_bnrnn.export import export_saved_model
 from keras_bnrnn.folding import fold
 from keras_bnrnn.layers import (
     BNGRU,
@@ -19,6 +18,16 @@ try:
     __version__ = importlib.metadata.version("keras-bnrnn")
 except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "unknown"
+
+
+def __getattr__(name):
+    # The export loads more of TensorFlow than layers need.
+    if name == "export_saved_model":
+        from keras_bnrnn.export import export_saved_model
+
+        return export_saved_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BNGRU",

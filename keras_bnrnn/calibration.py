@@ -8,11 +8,12 @@ import warnings
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
+from keras_bnrnn import backend
 from keras_bnrnn import statistics as stats
-from keras_bnrnn.layers.base import BNRNN, BNCell
+from keras_bnrnn.layers.cell import BNCell
+from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.sequence_batch_norm import (
     SequenceBatchNorm,
     warn_of_nonfinite_batches,
@@ -23,6 +24,8 @@ from keras_bnrnn.traversal import numbered, sublayers
 # how far a pass may still move them, in standard deviations.
 MAX_PASSES = 50
 SETTLED = 1e-6
+
+INFINITE_CARDINALITY = -1  # of a `tf.data.Dataset`
 
 
 def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
@@ -137,13 +140,17 @@ def _find_targets(model):
         stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
         cells = layer.cell.cells if stacked else [layer.cell]
         for index, cell in enumerate(cells):
-            if isinstance(cell, BNCell):
-                name = f"{layer.name}/{cell.name}" if stacked else layer.name
-                joint = cell.normalize == "joint"
-                pre_activations = _cell_pre_activations(layer, cells, index)
-                add(name, cell.input_norm, layer, pre_activations, recursive=joint)
+            if not isinstance(cell, BNCell):
+                continue
+            cell_name = f"{layer.name}/{cell.name}" if stacked else layer.name
+            for site, norm in cell.norms.items():
+                name = cell_name if len(cell.norms) == 1 else f"{cell_name}/{site}"
+                pre_activations = _cell_pre_activations(layer, cells, index, site)
+                add(name, norm, layer, pre_activations, recursive=site != "input")
     for layer in layers:
-        if isinstance(layer, BNCell) and id(layer.input_norm) not in claimed:
+        if isinstance(layer, BNCell) and not claimed.issuperset(
+            map(id, layer.norms.values())
+        ):
             raise ValueError(
                 "A normalised cell can be recalibrated in `keras.layers.RNN` or "
                 "`StackedRNNCells` only: elsewhere its timesteps are not known. "
@@ -158,8 +165,8 @@ def _norm_pre_activations(inputs, initial_state, mask):
     return ops.cast(inputs, "float64"), mask
 
 
-def _cell_pre_activations(layer, cells, index):
-    """What the norm of the cell `cells[index]` of an RNN layer normalises."""
+def _cell_pre_activations(layer, cells, index, site):
+    """The pre-activations at a site of the cell `cells[index]` of an RNN layer."""
 
     def pre_activations(inputs, initial_state, mask):
         if layer.go_backwards:
@@ -175,7 +182,7 @@ def _cell_pre_activations(layer, cells, index):
             below = single(cell, return_sequences=True, dtype=cell.dtype_policy)
             inputs = below(inputs, initial_state=state, mask=mask, training=False)
         own = BNRNN(cells[index], dtype=cells[index].dtype_policy)
-        return own.pre_activations(inputs, states[index], mask), mask
+        return own.pre_activations(site, inputs, states[index], mask)
 
     return pre_activations
 
@@ -217,7 +224,7 @@ class _Batches:
             self._read = lambda: (data[i] for i in range(self.count))
         else:
             self._read = lambda: iter(data)
-            if isinstance(data, tf.data.Dataset):
+            if hasattr(data, "cardinality"):
                 cardinality = int(data.cardinality())
                 self.count = cardinality if cardinality >= 0 else None
             elif hasattr(data, "__len__"):
@@ -249,8 +256,8 @@ class _Batches:
 
 
 def _is_endless(data):
-    if isinstance(data, tf.data.Dataset):
-        return data.cardinality() == tf.data.INFINITE_CARDINALITY
+    if hasattr(data, "cardinality"):  # a `tf.data.Dataset`
+        return int(data.cardinality()) == INFINITE_CARDINALITY
     return isinstance(data, keras.utils.PyDataset) and data.num_batches is None
 
 
@@ -391,25 +398,17 @@ def _in_order_of_calls(model, targets, x):
     return groups
 
 
-def _as_free_as_inputs(model, x):
-    """Specs of a batch, its sizes left open where the model's inputs leave them open.
+def _open_axes(model):
+    """A function of a rank to the axes that the model's inputs leave open.
 
-    Inputs of the same rank go together: how `x` is matched with them is the model's.
+    Inputs of the same rank go together: only the model knows which is which.
     """
     free = {}
     for tensor in getattr(model, "inputs", None) or ():
         rank = len(tensor.shape)
         open_ = {i for i, size in enumerate(tensor.shape) if size is None}
         free[rank] = free.get(rank, open_) & open_
-
-    def spec(value):
-        if not isinstance(value, tf.Tensor):
-            return tf.type_spec_from_value(value)
-        shape = enumerate(value.shape)
-        open_ = free.get(value.shape.rank, ())
-        return tf.TensorSpec([None if i in open_ else n for i, n in shape], value.dtype)
-
-    return keras.tree.map_structure(spec, x)
+    return lambda rank: free.get(rank, ())
 
 
 def _recalibrate_group(model, group, batches, label, verbose):
@@ -419,10 +418,11 @@ def _recalibrate_group(model, group, batches, label, verbose):
     def heard(target, inputs, initial_state, mask):
         sums[id(target)].add(*target.pre_activations(inputs, initial_state, mask))
 
-    @tf.function(reduce_retracing=True)
     def run(x):
         # Nothing is returned: what lies above the group is not computed.
         model(x, training=False)
+
+    compiled = []
 
     def one_pass():
         for variable in _state_variables(model):
@@ -432,10 +432,9 @@ def _recalibrate_group(model, group, batches, label, verbose):
         bar = keras.utils.Progbar(batches.count, verbose=verbose, unit_name="batch")
         with _listening(group, heard):
             for number, x in enumerate(batches, start=1):
-                if number == 1:
-                    # One graph for batches of all sizes and lengths that fit it.
-                    run.get_concrete_function(_as_free_as_inputs(model, x))
-                run(x)
+                if not compiled:
+                    compiled.append(backend.compiled(run, x, _open_axes(model)))
+                compiled[0](x)
                 for target in group:
                     _require_finite(target, sums[id(target)], number)
                 bar.update(number, finalize=False)
@@ -483,17 +482,17 @@ class _RunningMoments:
     def __init__(self, norm):
         (features,) = norm.moving_mean.shape
         self.variables = [
-            tf.Variable(tf.zeros(shape, tf.float64))
+            keras.Variable(np.zeros(shape), dtype="float64", autocast=False)
             for shape in (1, features, features)
         ]
 
     def reset(self):
         for variable in self.variables:
-            variable.assign(tf.zeros_like(variable))
+            variable.assign(ops.zeros_like(variable))
 
     def values(self):
         """Count (1,), mean (F,) and variance (F,), as arrays."""
-        return [v.numpy() for v in self.variables]
+        return [ops.convert_to_numpy(v) for v in self.variables]
 
     def add(self, x, mask):
         valid = None
@@ -503,7 +502,7 @@ class _RunningMoments:
         axes = tuple(range(len(x.shape) - 1))
         mean, variance, count = stats.masked_moments(x, valid, axes)
         own = tuple(ops.reshape(v, (-1,)) for v in (mean, variance, count))
-        count_so_far, mean_so_far, variance_so_far = self.variables
+        count_so_far, mean_so_far, variance_so_far = map(ops.copy, self.variables)
         mean, variance, count = stats.pool(
             ops.stack([mean_so_far, own[0]]),
             ops.stack([variance_so_far, own[1]]),

@@ -8,16 +8,8 @@ import warnings
 import keras
 from keras import ops
 
-from keras_bnrnn.layers import (
-    BNGRU,
-    BNLSTM,
-    BNGRUCell,
-    BNLSTMCell,
-    BNSimpleRNN,
-    BNSimpleRNNCell,
-)
-from keras_bnrnn.layers.base import BNRNN, BNCell, changes_function
-from keras_bnrnn.layers.fused import stock_weights
+from keras_bnrnn.layers.cell import BNCell, changed_methods
+from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.sequence_batch_norm import (
     SequenceBatchNorm,
     warn_of_nonfinite_batches,
@@ -112,16 +104,6 @@ def fold(model, return_report=False):
         )
     return (folded, report) if return_report else folded
 
-
-STOCK_CLASSES = {
-    BNSimpleRNN: keras.layers.SimpleRNN,
-    BNLSTM: keras.layers.LSTM,
-    BNGRU: keras.layers.GRU,
-    BNSimpleRNNCell: keras.layers.SimpleRNNCell,
-    BNLSTMCell: keras.layers.LSTMCell,
-    BNGRUCell: keras.layers.GRUCell,
-    SequenceBatchNorm: keras.layers.BatchNormalization,
-}
 
 # Arguments that only matter in training; reset after folding.
 INFERENCE = {
@@ -257,12 +239,12 @@ def _copy_states(layer, clone):
 
 
 def _copy_folded_weights(cell, stock_cell):
-    weights = stock_weights(cell.folded_weights(), stock_cell)
+    weights = cell.stock_weights(cell.folded_weights())
     stock_cell.set_weights([ops.convert_to_numpy(w) for w in weights])
 
 
 def _stock(layer):
-    stock = STOCK_CLASSES[_base_class(layer)]
+    stock = getattr(layer, _declaration(layer))
     # Those of a subclass and of normalisation mean nothing to a stock layer.
     known = {"name", "trainable", "dtype", *inspect.signature(stock).parameters}
     if isinstance(layer, BNRNN):
@@ -288,22 +270,22 @@ def _stock_norm(layer):
     )
 
 
-def _base_class(layer):
-    """The class of this package that a normalised layer or cell is of, or `None`."""
-    return next((cls for cls in STOCK_CLASSES if isinstance(layer, cls)), None)
+def _declaration(layer):
+    """The name of the attribute with the stock class of a normalised layer or cell."""
+    return "stock_cell" if isinstance(layer, BNCell) else "stock_layer"
 
 
 def _why_not(layer):
-    """Why a normalised layer or cell cannot fold, or `None`."""
+    """The reason why a normalised layer or cell cannot fold, or `None`."""
     parts = [layer, layer.cell] if isinstance(layer, BNRNN) else [layer]
     for part in parts:
-        base = _base_class(part)
-        if base is None:
+        declaration = _declaration(part)
+        if getattr(part, declaration) is None:
             return f"no stock layer has the equations of {type(part).__name__}"
-        if own := changes_function(part, base):
+        if own := changed_methods(part, declaration):
             return f"it has its own {', '.join(own)}"
-    if getattr(layer, "peephole", False):
-        return "a stock LSTM has no peepholes"
+        if isinstance(part, BNCell) and (reason := part.why_not_stock()):
+            return reason
     return None
 
 

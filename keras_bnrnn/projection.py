@@ -5,8 +5,8 @@ Frames are time-major: T timesteps, B rows, D input features, F = G*U projected 
 
 from keras import ops
 
+from keras_bnrnn import backend
 from keras_bnrnn import statistics as stats
-from keras_bnrnn.gradients import own_gradient
 
 
 def normalized_projection(norm, frames, kernel, valid=None):
@@ -184,7 +184,7 @@ def squared(x):
         (x,), (d,) = arguments, upstream
         return [ops.matmul(x, d + ops.transpose(d))]  # one product instead of two
 
-    return own_gradient(plain, lambda x: (plain(x), []), backward)(x)[0]
+    return backend.custom_gradient(plain, lambda x: (plain(x), []), backward)(x)[0]
 
 
 def quadratic_forms(matrix, vectors):
@@ -207,9 +207,9 @@ def quadratic_forms(matrix, vectors):
         d_matrix = ops.matmul(vectors * d, ops.transpose(vectors))
         return [d_matrix, 2.0 * product * d]  # no product for the vectors
 
-    return own_gradient(lambda *a: forward(*a)[0], forward, backward)(matrix, vectors)[
-        0
-    ]
+    return backend.custom_gradient(lambda *a: forward(*a)[0], forward, backward)(
+        matrix, vectors
+    )[0]
 
 
 def moments_are_cheaper(shape, features):

@@ -6,9 +6,10 @@ import warnings
 import keras
 from keras import ops
 
+from keras_bnrnn import backend
 from keras_bnrnn import statistics as stats
-from keras_bnrnn.distribution import replica_count, sum_over_replicas
-from keras_bnrnn.notices import Once, warn_if
+from keras_bnrnn.frames import Frames
+from keras_bnrnn.population import Population
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -19,23 +20,23 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     `y_k = gamma_k * (x_k - E[x_k]) / sqrt(Var[x_k] + epsilon) + beta_k`
 
-    In training E and Var are the batch's own: over every valid frame of the
-    batch (`statistics="sequence"`), or over the rows at each timestep alone
-    (`statistics="frame"`). At inference, and where the layer is frozen
-    (`trainable=False`), they are the population statistics `moving_mean` and
-    `moving_variance`, and no variable changes.
+    In training, E and Var are taken over every valid frame of the batch
+    (`statistics="sequence"`), or over the rows at each timestep t alone
+    (`statistics="frame"`), where t counts the valid frames of a sequence from 0. At
+    inference, and in a frozen layer (`trainable=False`), they are the population
+    statistics `moving_mean` and `moving_variance`, and no variable changes.
 
-    The k-th training step weighs its batch by `max(1 - momentum, 1 / k)` in the
-    moving averages: the first copies the batch, so nothing of the initial 0 and 1
-    remains. Three kinds of batches change nothing: one without a valid frame, one
-    whose mean or variance is not finite, and under `"frame"` one with a single valid
-    row at each timestep. The last two are warned of once (but not under XLA), and
-    `nonfinite_batches` counts the second kind.
-    `keras_bnrnn.recalibrate` replaces the moving averages by the exact
-    statistics of a data set.
+    The population statistics are moving averages. The k-th training step weighs its
+    batch by `max(1 - momentum, 1 / k)`, so the first step copies the batch and nothing
+    of the initial 0 and 1 remains. Three kinds of batches change nothing: a batch
+    without a valid frame, a batch whose mean or variance is not finite, and under
+    `"frame"` a batch with a single valid row at each timestep. The layer warns once of
+    the last two kinds (not under XLA), and `nonfinite_batches` counts the second.
+    `keras_bnrnn.recalibrate` replaces the moving averages by the exact statistics of a
+    data set.
 
-    Sequence-wise statistics see all timesteps of the training batch, later ones
-    included: a model that predicts the next frame wants `"frame"`.
+    Sequence-wise statistics include later timesteps of the training batch. Use
+    `"frame"` in a model that predicts the next frame.
 
     Args:
         statistics: `"sequence"` (default) or `"frame"`, see above.
@@ -64,8 +65,8 @@ class SequenceBatchNorm(keras.layers.Layer):
         training: Whether to use, and learn from, the batch's statistics.
 
     Returns:
-        A tensor of the shape of `inputs`. In training, what stands at frames
-        that are not valid is finite and means nothing.
+        A tensor of the shape of `inputs`. In training, masked positions are finite but
+        unspecified.
 
     Raises:
         ValueError: For an argument out of range, inputs of rank below 3, a mask
@@ -81,6 +82,8 @@ class SequenceBatchNorm(keras.layers.Layer):
     Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378),
     sections 3 and 4.
     """
+
+    stock_layer = keras.layers.BatchNormalization
 
     def __init__(
         self,
@@ -149,7 +152,7 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.gamma_constraint = keras.constraints.get(gamma_constraint)
         self.beta_constraint = keras.constraints.get(beta_constraint)
         self.supports_masking = True
-        self._untracked = _Untracked()
+        self._population = None
 
     def build(self, input_shape):
         if len(input_shape) < 3:
@@ -199,14 +202,21 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.moving_mean = statistic("moving_mean", (features,), "zeros", "mean")
         self.moving_variance = statistic("moving_variance", (features,), "ones", "mean")
         self.update_count = statistic("update_count", (), "zeros", "only_first_replica")
-        self._untracked.nonfinite_batches = keras.Variable(
-            initializer="zeros",
-            shape=(),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-            aggregation="only_first_replica",
-            name="nonfinite_batches",
+        self._population = Population(
+            self.moving_mean,
+            self.moving_variance,
+            self.update_count,
+            # Not a weight of the layer: it is neither saved nor counted.
+            keras.Variable(
+                initializer="zeros",
+                shape=(),
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+                aggregation="only_first_replica",
+                name="nonfinite_batches",
+            ),
+            self.momentum,
         )
 
     @property
@@ -216,8 +226,9 @@ class SequenceBatchNorm(keras.layers.Layer):
 
         It counts from the layer's creation and is not saved.
         """
-        count = self._untracked.nonfinite_batches
-        return 0 if count is None else int(ops.convert_to_numpy(count))
+        if self._population is None:
+            return 0
+        return int(ops.convert_to_numpy(self._population.nonfinite_batches))
 
     @property
     def statistics_dtype(self):
@@ -232,25 +243,36 @@ class SequenceBatchNorm(keras.layers.Layer):
         else:
             y = self._normalize_by_population(x)
             if valid is not None:
-                # As a stock layer has it in padding, but NaN there stays out of the
-                # gradients.
+                # Padding is normalised too, as in the stock layer, but NaN there must
+                # not reach gradients.
                 clean = self._normalize_by_population(ops.where(valid, x, 0.0))
                 y = ops.where(valid, clean, ops.stop_gradient(y))
         return ops.cast(y, self.compute_dtype)
 
     def _normalize_by_batch(self, x, valid):
+        axes = list(range(len(x.shape) - 1))  # all but the features
+        if self.statistics == "sequence":
+            return self._normalize_and_learn(x, valid, axes)
+        axes.remove(1)
+        self.require_group_size(x.shape, axes)
+        if valid is None:
+            return self._normalize_and_learn(x, valid, axes)
+        # A timestep is one of a sequence's own valid frames: move them together.
+        inner = list(range(2, len(valid.shape)))
+        frames = Frames(ops.any(valid, axis=inner), time_major=False)
+        is_valid = ops.cast(frames.arrange(ops.cast(valid, x.dtype)), "bool")
+        y = self._normalize_and_learn(frames.arrange(x), is_valid, axes)
+        return frames.restore(y)
+
+    def _normalize_and_learn(self, x, valid, axes):
         if valid is not None:
             x = ops.where(valid, x, 0.0)
-        axes = list(range(len(x.shape) - 1))  # all but the features
-        if self.statistics == "frame":
-            axes.remove(1)
-            self.require_group_size(x.shape, axes)
         moments = self.batch_moments(x, valid, tuple(axes))
         self.update_statistics(*moments, frame_wise=self.statistics == "frame")
         return stats.normalize(x, *moments[:2], *self.affine(), self.epsilon)
 
     def _normalize_by_population(self, x):
-        mean, variance = map(ops.copy, (self.moving_mean, self.moving_variance))
+        mean, variance = map(ops.copy, self._population.row())
         return stats.normalize(x, mean, variance, *self.affine(), self.epsilon)
 
     def uses_batch_statistics(self, training):
@@ -258,128 +280,36 @@ class SequenceBatchNorm(keras.layers.Layer):
         return bool(training) and self.trainable
 
     def batch_moments(self, x, valid, axes):
-        """`statistics.masked_moments`, over all replicas where synchronized."""
+        """`statistics.masked_moments`, over all replicas if synchronized."""
         return stats.masked_moments(x, valid, axes, self.reduce_sum)
 
     @property
     def reduce_sum(self):
-        """What adds up the batch's sums: over all replicas where synchronized."""
-        return sum_over_replicas if self.synchronized else stats.identity
+        """The function that adds up the batch's sums: over replicas if synchronized."""
+        return backend.sum_over_replicas if self.synchronized else stats.identity
 
     def scale_and_shift(self):
         """The affine map that inference applies: two tensors of shape (F,)."""
         return stats.scale_and_shift(
-            ops.convert_to_tensor(self.moving_mean),
-            ops.convert_to_tensor(self.moving_variance),
-            *self.affine(),
-            self.epsilon,
+            *self._population.row(), *self.affine(), self.epsilon
         )
 
     def update_statistics(
         self, means, variances, counts, frame_wise=False, across_steps=False
     ):
-        """Moves the population statistics towards a batch's, that of all replicas.
-
-        A batch changes nothing if it has no valid frame, if the pooled moments of its
-        replica are not finite, or if it is `frame_wise` and no group has two frames.
-
-        Args:
-            means, variances: Tensors of shape (..., F), the moments of each of the
-                groups that make up the batch.
-            counts: Tensor of shape (..., 1), the frames in each.
-            frame_wise: Whether the groups are timesteps, each normalised by its own
-                moments.
-            across_steps: Whether successive updates are successive timesteps of
-                one batch, from inside a loop. Their means then differ for good
-                reason, and what they differ by belongs to the pooled variance.
-        """
-        features = self.moving_mean.shape[0]
-        means = ops.reshape(ops.stop_gradient(means), (-1, features))
-        variances = ops.reshape(ops.stop_gradient(variances), (-1, features))
-        counts = ops.reshape(ops.stop_gradient(counts), (-1, 1))
-        mean, variance, count = stats.pool(means, variances, counts)
-        finite = ops.all(ops.isfinite(mean)) & ops.all(ops.isfinite(variance))
-        usable = finite
-        if frame_wise:
-            is_single = ops.logical_not(ops.any(counts >= 2.0))
-            self._warn_of_single_rows(is_single & (count[0] > 0))
-            usable = usable & ops.logical_not(is_single)
-        mean, variance, count = (
-            ops.where(usable, value, 0.0) for value in (mean, variance, count)
+        """Moves the population statistics towards a batch's: `Population.update`."""
+        self._population.update(
+            means, variances, counts, frame_wise, across_steps, self.path
         )
-        nonfinite = ops.cast(ops.logical_not(finite), "float32")
-        if not across_steps and replica_count() > 1:
-            # Replicas cannot meet inside a loop.
-            mean, variance, count = stats.pool(
-                mean[None], variance[None], count[None], sum_over_replicas
-            )
-            nonfinite = ops.minimum(sum_over_replicas(nonfinite), 1.0)
-        self._untracked.nonfinite_batches.assign_add(nonfinite)
-        self._warn_of_nonfinite(nonfinite > 0)
-
-        seen = count > 0  # (1,)
-        k = self.update_count + 1.0
-        least = ops.convert_to_tensor(1.0 - self.momentum, k.dtype)
-        weight = ops.maximum(least, 1.0 / ops.maximum(k, 1.0))
-        if across_steps:
-            distance = ops.square(mean - self.moving_mean)
-            variance = variance + (1.0 - weight) * distance
-
-        for variable, new in (
-            (self.moving_mean, mean),
-            (self.moving_variance, variance),
-        ):
-            moved = variable * (1.0 - weight) + new * weight
-            variable.assign(ops.where(seen, moved, variable))
-        self.update_count.assign(ops.where(seen[0], k, self.update_count))
 
     @property
     def statistics_variables(self):
         """The variables that `update_statistics` changes."""
-        return (
-            self.moving_mean,
-            self.moving_variance,
-            self.update_count,
-            self._untracked.nonfinite_batches,
-        )
-
-    def _warn_of_nonfinite(self, condition):
-        def warn():
-            self._untracked.notices.warn(
-                "nonfinite",
-                f"A training batch of layer {self.path!r} has a mean or variance that "
-                "is not finite: its inputs are NaN, infinite or too large. Such "
-                "batches are left out of the population statistics, and "
-                "`nonfinite_batches` counts them.",
-            )
-
-        warn_if(condition, warn)
-
-    def _warn_of_single_rows(self, condition):
-        def warn():
-            self._untracked.notices.warn(
-                "single rows",
-                f"A training batch of layer {self.path!r} has a single row at each "
-                "timestep, and frame-wise statistics are taken over the rows: every "
-                "output is `beta`, and the batch is left out of the population "
-                "statistics. Use batches of 2 rows or more, or "
-                "`statistics='sequence'`.",
-            )
-
-        warn_if(condition, warn)
+        return self._population.variables
 
     def set_statistics(self, mean, variance):
-        """Sets the population statistics; later training moves on from them.
-
-        Args:
-            mean, variance: Arrays of shape (F,).
-        """
-        self.moving_mean.assign(mean)
-        self.moving_variance.assign(variance)
-        # As many updates as bring their weight down to 1 - momentum: what is set
-        # here is not thrown away by the next training step.
-        settled = 1.0 / (1.0 - self.momentum)
-        self.update_count.assign(ops.maximum(self.update_count, settled))
+        """Sets the population statistics (F,); later training moves on from them."""
+        self._population.set(mean, variance)
 
     def require_group_size(self, shape, axes, cause="`statistics='frame'`"):
         """Refuses to train on the statistics of what is always a single value.
@@ -438,19 +368,6 @@ class SequenceBatchNorm(keras.layers.Layer):
             "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
             "beta_constraint": keras.constraints.serialize(self.beta_constraint),
         }
-
-
-class _Untracked:
-    """What a layer keeps that is no weight: Keras does not look into plain objects.
-
-    Attributes:
-        nonfinite_batches: Variable of shape (), or `None` before the layer is built.
-        notices: The warnings that were given.
-    """
-
-    def __init__(self):
-        self.nonfinite_batches = None
-        self.notices = Once()
 
 
 def warn_of_nonfinite_batches(norms):

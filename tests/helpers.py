@@ -45,7 +45,7 @@ def oracle_weights(layer):
         "moving_mean": norm.moving_mean,
         "moving_variance": norm.moving_variance,
     }
-    if cell.recurrent_bias is not None:
+    if getattr(cell, "recurrent_bias", None) is not None:
         weights["recurrent_bias"] = cell.recurrent_bias
     if getattr(cell, "peephole", False):
         weights["peephole"] = cell.peephole_kernel

@@ -99,8 +99,8 @@ def rnn_training(
     Args:
         kind, x, mask, weights: as in `rnn_inference`, as float64 tensors.
         statistics: `"sequence"`, over all valid frames of the batch together, or
-            `"frame"`, over the valid rows of each column t alone. `"joint"` takes
-            the latter in either case.
+            `"frame"`, over the rows at each t alone, where t counts a row's own valid
+            frames in processing order. `"joint"` takes the latter in either case.
         normalize, epsilon, reset_after, go_backwards, initial_state,
             zero_output_for_mask: as in `rnn_inference`.
         z: tensor (B, T, G*U) to stand in for W x, or None; `"input"` only.
@@ -135,27 +135,40 @@ def rnn_training(
         return _scale_and_shift(a, mean, variance, w, part, epsilon)
 
     everything = slice(None)
-    if normalize == "joint":
-        projected = clean
-    elif statistics == "sequence":
+    options = reset_after, go_backwards, initial_state, zero_output_for_mask
+    if normalize == "input" and statistics == "sequence":
         projected = norm(clean, None, everything)
+        outputs, states, _ = _loop(tf, kind, projected, mask, w, _identity, *options)
     else:
-        columns = [norm(clean[:, t], t, everything) for t in range(z.shape[1])]
-        projected = tf.stack(columns, axis=1)
-    outputs, states, totals = _loop(
-        tf,
-        kind,
-        projected,
-        mask,
-        w,
-        norm if normalize == "joint" else _identity,
-        reset_after,
-        go_backwards,
-        initial_state,
-        zero_output_for_mask,
-    )
-    if normalize == "joint":
-        z = tf.where(valid, totals, zero)
+        # Each row's frames in processing order, so that column t holds its t-th one.
+        order = _columns(mask, go_backwards)
+        projected = _picked(clean, order)
+        mask_of_t = tf.constant([[c is not None for c in row] for row in order])
+
+        def norm_at(a, t, part):
+            mean, variance, _ = _batch_moments(a, mask_of_t[:, t])
+            return _scale_and_shift(a, mean, variance, w, part, epsilon)
+
+        if normalize == "input":
+            columns = [
+                norm_at(projected[:, t], t, everything) for t in range(z.shape[1])
+            ]
+            projected = tf.stack(columns, axis=1)
+        outputs, states, totals = _loop(
+            tf,
+            kind,
+            projected,
+            mask_of_t,
+            w,
+            norm_at if normalize == "joint" else _identity,
+            reset_after,
+            False,
+            initial_state,
+            False,
+        )
+        outputs = _spread(outputs, order, mask, go_backwards, zero_output_for_mask)
+        if normalize == "joint":
+            z = _unpicked(totals, order)
     mean, variance, count = _batch_moments(z, mask)
     info = {"mean": mean, "variance": variance, "count": count, "pre_activations": z}
     return outputs, states, info
@@ -235,6 +248,51 @@ def _batch_moments(a, mask):
     mean = tf.reduce_sum(frames, axis=0) / divisor
     variance = tf.reduce_sum((frames - mean) ** 2, axis=0) / divisor
     return mean, variance, count
+
+
+def _columns(mask, go_backwards):
+    """For each row the columns of its valid frames in processing order, then `None`."""
+    order = []
+    for row in np.asarray(mask):
+        columns = [int(c) for c in np.flatnonzero(row)]
+        columns = columns[::-1] if go_backwards else columns
+        order.append(columns + [None] * (len(row) - len(columns)))
+    return order
+
+
+def _picked(a, order):
+    """Row by row the frames (F,) of a (B, T, F) at the columns, zeros for `None`."""
+    zero = tf.zeros_like(a[0, 0])
+    return tf.stack(
+        [
+            tf.stack([zero if c is None else a[b, c] for c in row])
+            for b, row in enumerate(order)
+        ]
+    )
+
+
+def _unpicked(a, order):
+    """The inverse: what was picked, at its column; zeros in masked frames."""
+    zero = tf.zeros_like(a[0, 0])
+    rows = []
+    for b, row in enumerate(order):
+        found = {c: a[b, t] for t, c in enumerate(row) if c is not None}
+        rows.append(tf.stack([found.get(c, zero) for c in range(len(row))]))
+    return tf.stack(rows)
+
+
+def _spread(outputs, order, mask, go_backwards, zero_output_for_mask):
+    """Outputs by t as outputs by column, in processing order."""
+    zero = tf.zeros_like(outputs[0, 0])
+    rows = []
+    for b, row in enumerate(np.asarray(mask)):
+        t, previous, spread = 0, zero, []
+        for valid in row[::-1] if go_backwards else row:
+            if valid:
+                previous, t = outputs[b, t], t + 1
+            spread.append(zero if zero_output_for_mask and not valid else previous)
+        rows.append(tf.stack(spread))
+    return tf.stack(rows)
 
 
 def _identity(a, t, part):

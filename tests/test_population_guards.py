@@ -9,7 +9,7 @@ import tensorflow as tf
 from helpers import KINDS, gap
 
 import keras_bnrnn
-from keras_bnrnn import BNLSTM, SequenceBatchNorm, fold, notices, recalibrate
+from keras_bnrnn import BNLSTM, SequenceBatchNorm, backend, fold, recalibrate
 
 B, T, D, U = 4, 5, 3, 4
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -233,15 +233,15 @@ def test_xla_is_known_while_a_function_is_traced():
     seen = []
 
     def note(x):
-        seen.append(notices.is_compiled_by_xla())
+        seen.append(backend.compiled_by_xla())
         return tf.while_loop(lambda i: i < 3, body, [x])[0]
 
     def body(i):
-        seen.append(notices.is_compiled_by_xla())
+        seen.append(backend.compiled_by_xla())
         return [i + 1]
 
     for jit in (False, True, None):
         seen.clear()
         tf.function(note, jit_compile=jit)(tf.constant(0))
         assert seen == [bool(jit)] * 2
-    assert not notices.is_compiled_by_xla()
+    assert not backend.compiled_by_xla()

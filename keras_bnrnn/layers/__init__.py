@@ -1,10 +1,14 @@
+from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.gru import BNGRU, BNGRUCell
 from keras_bnrnn.layers.lstm import BNLSTM, BNLSTMCell
+from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.layers.simple_rnn import BNSimpleRNN, BNSimpleRNNCell
 
 __all__ = [
     "BNGRU",
     "BNLSTM",
+    "BNRNN",
+    "BNCell",
     "BNGRUCell",
     "BNLSTMCell",
     "BNSimpleRNN",

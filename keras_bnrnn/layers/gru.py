@@ -1,20 +1,20 @@
 """Batch-normalised gated recurrent unit: cell and layer."""
 
+from typing import Unpack
+
 import keras
 from keras import ops
 from keras.activations import sigmoid, tanh
 
-from keras_bnrnn.gradients import value_and_slope
-from keras_bnrnn.layers.base import (
-    BNRNN,
-    BNCell,
-    changes_function,
-    check_units,
-    check_use_cudnn,
-    elementwise,
-    of_cell,
+from keras_bnrnn.backend import value_and_slope
+from keras_bnrnn.layers.activations import bounded, elementwise
+from keras_bnrnn.layers.arguments import (
+    NormalizationArguments,
+    given,
     with_normalization_arguments,
 )
+from keras_bnrnn.layers.cell import BNCell
+from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative
 
 
@@ -71,6 +71,9 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
     """
 
     gates = 3
+    stock_cell = keras.layers.GRUCell
+    fused = "gru"
+    more_weights = scaled_with_recurrent = ("recurrent_bias",)
     reads_ahead = True
 
     def __init__(
@@ -92,50 +95,9 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         recurrent_dropout=0.0,
         reset_after=True,
         seed=None,
-        *,
-        normalize="input",
-        statistics="sequence",
-        population="pooled",
-        max_timesteps=None,
-        momentum=0.99,
-        epsilon=1e-3,
-        gamma_initializer="ones",
-        synchronized=False,
-        **kwargs,
+        **normalization: Unpack[NormalizationArguments],
     ):
-        check_units(units)
-        super().__init__(
-            units=units,
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            reset_after=reset_after,
-            seed=seed,
-            **kwargs,
-        )
-        self._init_normalization(
-            normalize=normalize,
-            statistics=statistics,
-            population=population,
-            max_timesteps=max_timesteps,
-            momentum=momentum,
-            epsilon=epsilon,
-            gamma_initializer=gamma_initializer,
-            synchronized=synchronized,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-        )
+        super().__init__(**given(locals()))
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -153,30 +115,45 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
             return weights.recurrent_kernel
         return weights.recurrent_kernel[:, : 2 * self.units]
 
-    def step(self, projected, recurrent, states, weights, normalize):
+    def step(self, projected, recurrent, states, weights, norm):
         (h_before,) = states
         units = self.units
         gates, candidate = slice(0, 2 * units), slice(2 * units, 3 * units)
-        if weights.recurrent_bias is not None:
-            recurrent = recurrent + weights.recurrent_bias
+        recurrent_bias = weights.more["recurrent_bias"]
+        if recurrent_bias is not None:
+            recurrent = recurrent + recurrent_bias
 
-        a = normalize(projected[:, gates] + recurrent[:, gates], gates)
+        a = norm("joint", projected[:, gates] + recurrent[:, gates], gates)
         z, r = ops.split(self.recurrent_activation(a), 2, axis=-1)  # (B, 2U): z, r
         if self.reset_after:
             b = r * recurrent[:, candidate]
         else:
-            h = h_before
-            if weights.recurrent_dropout_mask is not None:
-                h = h * weights.recurrent_dropout_mask
+            h = weights.dropped(h_before)
             b = ops.matmul(r * h, weights.recurrent_kernel[:, candidate])
-        a = normalize(projected[:, candidate] + b, candidate)
+        a = norm("joint", projected[:, candidate] + b, candidate)
         return [z * h_before + (1 - z) * self.activation(a)]
 
-    def step_derivative(self):
+    def derivative(self):
         closed = self.reset_after and elementwise(
             self.activation, self.recurrent_activation
         )
         return GRUDerivative(self) if closed else None
+
+    def is_bounded(self):
+        return bounded(self.activation, self.recurrent_activation)
+
+    def has_stock_equations(self):
+        usual = self.activation is tanh and self.recurrent_activation is sigmoid
+        return usual and self.reset_after
+
+    def stock_weights(self, weights):
+        kernel, recurrent_kernel, bias = super().stock_weights(weights)
+        if self.reset_after:
+            recurrent_bias = weights.more["recurrent_bias"]
+            if recurrent_bias is None:
+                recurrent_bias = ops.zeros_like(bias)
+            bias = ops.stack([bias, recurrent_bias])  # (2, 3U)
+        return [kernel, recurrent_kernel, bias]
 
 
 class GRUDerivative(StepDerivative):
@@ -195,8 +172,9 @@ class GRUDerivative(StepDerivative):
 
     def pre_activations(self, projected, recurrent, weights):
         gates = 2 * projected.shape[-1] // 3
-        if weights.recurrent_bias is not None:
-            recurrent = recurrent + weights.recurrent_bias
+        recurrent_bias = weights.more["recurrent_bias"]
+        if recurrent_bias is not None:
+            recurrent = recurrent + recurrent_bias
         return ops.concatenate(
             [
                 projected[..., gates:],
@@ -230,7 +208,7 @@ class GRUDerivative(StepDerivative):
         )
 
     def of_weights(self, gradient, before, after, weights):
-        if weights.recurrent_bias is None:
+        if weights.more["recurrent_bias"] is None:
             return {}
         return {"recurrent_bias": ops.sum(self.of_recurrent(gradient), axis=(0, 1))}
 
@@ -294,6 +272,9 @@ class BNGRU(BNRNN):
     It has no population statistics for inference; they are `SequenceBatchNorm`'s.
     """
 
+    cell_class = BNGRUCell
+    stock_layer = keras.layers.GRU
+
     def __init__(
         self,
         units,
@@ -320,86 +301,6 @@ class BNGRU(BNRNN):
         unroll=False,
         reset_after=True,
         use_cudnn="auto",
-        *,
-        normalize="input",
-        statistics="sequence",
-        population="pooled",
-        max_timesteps=None,
-        momentum=0.99,
-        epsilon=1e-3,
-        gamma_initializer="ones",
-        synchronized=False,
-        **kwargs,
+        **normalization: Unpack[NormalizationArguments],
     ):
-        check_use_cudnn(use_cudnn)
-        cell = BNGRUCell(
-            units=units,
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            reset_after=reset_after,
-            seed=seed,
-            normalize=normalize,
-            statistics=statistics,
-            population=population,
-            max_timesteps=max_timesteps,
-            momentum=momentum,
-            epsilon=epsilon,
-            gamma_initializer=gamma_initializer,
-            synchronized=synchronized,
-            # Accepted as the stock layer does; it changes nothing here.
-            implementation=kwargs.pop("implementation", 2),
-            dtype=kwargs.get("dtype"),
-            trainable=kwargs.get("trainable", True),
-            name="bn_gru_cell",
-        )
-        super().__init__(
-            cell,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
-            activity_regularizer=activity_regularizer,
-            **kwargs,
-        )
-        self._use_cudnn(use_cudnn)
-
-    def _has_stock_equations(self):
-        return (
-            not changes_function(self.cell, BNGRUCell)
-            and self.activation is tanh
-            and self.recurrent_activation is sigmoid
-            and self.reset_after
-        )
-
-    def _stock_layer(self):
-        return keras.layers.GRU(
-            self.units,
-            return_sequences=True,
-            return_state=True,
-            go_backwards=self.go_backwards,
-            use_cudnn="auto",
-            # Nothing random is drawn for weights that are never used.
-            kernel_initializer="zeros",
-            recurrent_initializer="zeros",
-            seed=0,
-            dtype=self.dtype_policy,
-        )
-
-    recurrent_activation = of_cell("recurrent_activation")
-    reset_after = of_cell("reset_after")
-
-    def get_config(self):
-        return {**super().get_config(), "use_cudnn": self.use_cudnn}
+        super().__init__(**given(locals()))

@@ -1,21 +1,21 @@
 """Batch-normalised long short-term memory cell and layer."""
 
+from typing import Unpack
+
 import keras
 import numpy as np
 from keras import ops
 from keras.activations import sigmoid, tanh
 
-from keras_bnrnn.gradients import value_and_slope
-from keras_bnrnn.layers.base import (
-    BNRNN,
-    BNCell,
-    changes_function,
-    check_units,
-    check_use_cudnn,
-    elementwise,
-    of_cell,
+from keras_bnrnn.backend import value_and_slope
+from keras_bnrnn.layers.activations import bounded, elementwise
+from keras_bnrnn.layers.arguments import (
+    NormalizationArguments,
+    given,
     with_normalization_arguments,
 )
+from keras_bnrnn.layers.cell import BNCell
+from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative
 from keras_bnrnn.sequence_batch_norm import check_flag
 
@@ -71,6 +71,9 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
     """
 
     gates = 4
+    stock_cell = keras.layers.LSTMCell
+    fused = "lstm"
+    more_weights = ("peephole_kernel",)
 
     def __init__(
         self,
@@ -92,54 +95,15 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
         recurrent_dropout=0.0,
         seed=None,
         *,
-        normalize="input",
-        statistics="sequence",
-        population="pooled",
-        max_timesteps=None,
-        momentum=0.99,
-        epsilon=1e-3,
-        gamma_initializer="ones",
-        synchronized=False,
         peephole=False,
-        **kwargs,
+        **normalization: Unpack[NormalizationArguments],
     ):
-        check_units(units)
-        super().__init__(
-            units=units,
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            unit_forget_bias=unit_forget_bias,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            seed=seed,
-            **kwargs,
-        )
-        self._init_normalization(
-            normalize=normalize,
-            statistics=statistics,
-            population=population,
-            max_timesteps=max_timesteps,
-            momentum=momentum,
-            epsilon=epsilon,
-            gamma_initializer=gamma_initializer,
-            synchronized=synchronized,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-        )
-        check_flag("peephole", peephole)
+        arguments = given(locals())
+        check_flag("peephole", arguments.pop("peephole"))
+        super().__init__(**arguments)
         self.peephole = peephole
 
-    def _beta_initializer(self):
+    def beta_initializer(self):
         if self.unit_forget_bias:
             return UnitForgetBias(self.bias_initializer)
         return self.bias_initializer
@@ -151,16 +115,16 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
                 shape=(3, self.units), name="peephole_kernel", initializer="zeros"
             )
 
-    def step(self, projected, recurrent, states, weights, normalize):
+    def step(self, projected, recurrent, states, weights, norm):
         _, c_before = states
-        a = normalize(projected + recurrent)  # (B, 4U): i, f, c, o
+        a = norm("joint", projected + recurrent)  # (B, 4U): i, f, c, o
         if self.peephole:
             i, f, candidate, o = self._peephole_gates(a, c_before, weights)
         else:
             i, f, candidate, o = self._gates(a)
         c = f * c_before + i * candidate
         if self.peephole:
-            o = self.recurrent_activation(o + weights.peephole_kernel[2] * c)
+            o = self.recurrent_activation(o + weights.more["peephole_kernel"][2] * c)
         return [o * self.activation(c), c]
 
     def _gates(self, a):
@@ -173,15 +137,25 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
 
     def _peephole_gates(self, a, c_before, weights):
         """The same where the gates see c; the last one still without c_t."""
-        p_i, p_f, _ = ops.unstack(weights.peephole_kernel, axis=0)
+        p_i, p_f, _ = ops.unstack(weights.more["peephole_kernel"], axis=0)
         a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
         gate = self.recurrent_activation
         i, f = gate(a_i + p_i * c_before), gate(a_f + p_f * c_before)
         return i, f, self.activation(a_c), a_o
 
-    def step_derivative(self):
+    def derivative(self):
         closed = elementwise(self.activation, self.recurrent_activation)
         return LSTMDerivative(self) if closed else None
+
+    def is_bounded(self):
+        return bounded(self.activation, self.recurrent_activation)
+
+    def has_stock_equations(self):
+        usual = self.activation is tanh and self.recurrent_activation is sigmoid
+        return usual and not self.peephole
+
+    def why_not_stock(self):
+        return "a stock LSTM has no peepholes" if self.peephole else None
 
     def get_config(self):
         return {**super().get_config(), "peephole": self.peephole}
@@ -244,7 +218,7 @@ class LSTMDerivative(StepDerivative):
 
     def factors(self, pre_activations, before, after, weights):
         (_, c_before), (_, c) = before, after
-        a, peephole = pre_activations, weights.peephole_kernel
+        a, peephole = pre_activations, weights.more["peephole_kernel"]
         if peephole is not None:
             p_i, p_f, p_o = ops.unstack(peephole, axis=0)
             seen = [p_i * c_before, p_f * c_before, ops.zeros_like(c), p_o * c]
@@ -281,7 +255,7 @@ class LSTMDerivative(StepDerivative):
         return ops.concatenate([dc, dc, dc, dh], axis=-1) * d_a, [None, dc * d_c_before]
 
     def of_weights(self, gradient, before, after, weights):
-        if weights.peephole_kernel is None:
+        if weights.more["peephole_kernel"] is None:
             return {}
         c_before, c = before[1], after[1]
         d_i, d_f, _, d_o = ops.split(gradient, 4, axis=-1)
@@ -353,6 +327,9 @@ class BNLSTM(BNRNN):
     It has no population statistics for inference; they are `SequenceBatchNorm`'s.
     """
 
+    cell_class = BNLSTMCell
+    stock_layer = keras.layers.LSTM
+
     def __init__(
         self,
         units,
@@ -380,91 +357,10 @@ class BNLSTM(BNRNN):
         unroll=False,
         use_cudnn="auto",
         *,
-        normalize="input",
-        statistics="sequence",
-        population="pooled",
-        max_timesteps=None,
-        momentum=0.99,
-        epsilon=1e-3,
-        gamma_initializer="ones",
-        synchronized=False,
         peephole=False,
-        **kwargs,
+        **normalization: Unpack[NormalizationArguments],
     ):
-        check_use_cudnn(use_cudnn)
-        cell = BNLSTMCell(
-            units=units,
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            unit_forget_bias=unit_forget_bias,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            seed=seed,
-            normalize=normalize,
-            statistics=statistics,
-            population=population,
-            max_timesteps=max_timesteps,
-            momentum=momentum,
-            epsilon=epsilon,
-            gamma_initializer=gamma_initializer,
-            synchronized=synchronized,
-            peephole=peephole,
-            # Accepted as the stock layer does; it changes nothing here.
-            implementation=kwargs.pop("implementation", 2),
-            dtype=kwargs.get("dtype"),
-            trainable=kwargs.get("trainable", True),
-            name="bn_lstm_cell",
-        )
-        super().__init__(
-            cell,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
-            activity_regularizer=activity_regularizer,
-            **kwargs,
-        )
-        self._use_cudnn(use_cudnn)
-
-    def _has_stock_equations(self):
-        return (
-            not changes_function(self.cell, BNLSTMCell)
-            and self.activation is tanh
-            and self.recurrent_activation is sigmoid
-            and not self.peephole
-        )
-
-    def _stock_layer(self):
-        return keras.layers.LSTM(
-            self.units,
-            return_sequences=True,
-            return_state=True,
-            go_backwards=self.go_backwards,
-            use_cudnn="auto",
-            # Nothing random is drawn for weights that are never used.
-            kernel_initializer="zeros",
-            recurrent_initializer="zeros",
-            seed=0,
-            dtype=self.dtype_policy,
-        )
-
-    recurrent_activation = of_cell("recurrent_activation")
-    unit_forget_bias = of_cell("unit_forget_bias")
-    peephole = of_cell("peephole")
-
-    def get_config(self):
-        return {**super().get_config(), "use_cudnn": self.use_cudnn}
+        super().__init__(**given(locals()))
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

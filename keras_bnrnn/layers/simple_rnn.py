@@ -1,15 +1,18 @@
 """Batch-normalised simple (Elman) recurrent cell and layer."""
 
+from typing import Unpack
+
 import keras
 
-from keras_bnrnn.gradients import value_and_slope
-from keras_bnrnn.layers.base import (
-    BNRNN,
-    BNCell,
-    check_units,
-    elementwise,
+from keras_bnrnn.backend import value_and_slope
+from keras_bnrnn.layers.activations import bounded, elementwise
+from keras_bnrnn.layers.arguments import (
+    NormalizationArguments,
+    given,
     with_normalization_arguments,
 )
+from keras_bnrnn.layers.cell import BNCell
+from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative
 
 
@@ -57,6 +60,7 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
     """
 
     gates = 1
+    stock_cell = keras.layers.SimpleRNNCell
 
     def __init__(
         self,
@@ -75,54 +79,18 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
         dropout=0.0,
         recurrent_dropout=0.0,
         seed=None,
-        *,
-        normalize="input",
-        statistics="sequence",
-        population="pooled",
-        max_timesteps=None,
-        momentum=0.99,
-        epsilon=1e-3,
-        gamma_initializer="ones",
-        synchronized=False,
-        **kwargs,
+        **normalization: Unpack[NormalizationArguments],
     ):
-        check_units(units)
-        super().__init__(
-            units=units,
-            activation=activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            seed=seed,
-            **kwargs,
-        )
-        self._init_normalization(
-            normalize=normalize,
-            statistics=statistics,
-            population=population,
-            max_timesteps=max_timesteps,
-            momentum=momentum,
-            epsilon=epsilon,
-            gamma_initializer=gamma_initializer,
-            synchronized=synchronized,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-        )
+        super().__init__(**given(locals()))
 
-    def step(self, projected, recurrent, states, weights, normalize):
-        return [self.activation(normalize(projected + recurrent))]
+    def step(self, projected, recurrent, states, weights, norm):
+        return [self.activation(norm("joint", projected + recurrent))]
 
-    def step_derivative(self):
+    def derivative(self):
         return SimpleRNNDerivative(self) if elementwise(self.activation) else None
+
+    def is_bounded(self):
+        return bounded(self.activation)
 
 
 class SimpleRNNDerivative(StepDerivative):
@@ -186,6 +154,9 @@ class BNSimpleRNN(BNRNN):
     It has no population statistics for inference; they are `SequenceBatchNorm`'s.
     """
 
+    cell_class = BNSimpleRNNCell
+    stock_layer = keras.layers.SimpleRNN
+
     def __init__(
         self,
         units,
@@ -209,53 +180,6 @@ class BNSimpleRNN(BNRNN):
         stateful=False,
         unroll=False,
         seed=None,
-        *,
-        normalize="input",
-        statistics="sequence",
-        population="pooled",
-        max_timesteps=None,
-        momentum=0.99,
-        epsilon=1e-3,
-        gamma_initializer="ones",
-        synchronized=False,
-        **kwargs,
+        **normalization: Unpack[NormalizationArguments],
     ):
-
-        cell = BNSimpleRNNCell(
-            units=units,
-            activation=activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            seed=seed,
-            normalize=normalize,
-            statistics=statistics,
-            population=population,
-            max_timesteps=max_timesteps,
-            momentum=momentum,
-            epsilon=epsilon,
-            gamma_initializer=gamma_initializer,
-            synchronized=synchronized,
-            dtype=kwargs.get("dtype"),
-            trainable=kwargs.get("trainable", True),
-            name="bn_simple_rnn_cell",
-        )
-        super().__init__(
-            cell,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
-            activity_regularizer=activity_regularizer,
-            **kwargs,
-        )
+        super().__init__(**given(locals()))

@@ -54,7 +54,7 @@ def differentiated_by_tensorflow(monkeypatch):
     """No closed forms: what is left is the plain loop."""
     for own, _ in KINDS.values():
         cell = type(own(1).cell)
-        monkeypatch.setattr(cell, "step_derivative", lambda self: None)
+        monkeypatch.setattr(cell, "derivative", lambda self: None)
 
 
 def outputs_and_gradients(layer, x, states, mask, training, seed=3):
@@ -109,7 +109,7 @@ def test_every_path_agrees_with_the_loop_that_tensorflow_differentiates(
         cases.append((layer, (x, states, m, training)))
     unrolled = make(kind, rng, return_sequences=True, unroll=True, **variant)
     cases.append((unrolled, (x, states, mask, True)))
-    assert cases[0][0].cell.step_derivative() is not None
+    assert cases[0][0].cell.derivative() is not None
 
     def all_results(mode, some):
         return [results(layer, mode, *arguments) for layer, arguments in some]
@@ -118,7 +118,7 @@ def test_every_path_agrees_with_the_loop_that_tensorflow_differentiates(
     own = all_results("graph", cases), all_results("xla", some)
     eager = all_results("eager", some)
     differentiated_by_tensorflow(monkeypatch)
-    assert cases[0][0].cell.step_derivative() is None
+    assert cases[0][0].cell.derivative() is None
     expected = all_results("graph", cases), all_results("graph", some)
     for ours, theirs in zip(
         [*own[0], *own[1], *eager], [*expected[0], *expected[1] * 2], strict=True
@@ -322,7 +322,7 @@ def test_forward_mode(rng):
 def test_what_has_no_closed_form_is_left_to_tensorflow(kind, arguments, rng):
     """An activation across units has no slope: finite differences tell."""
     layer = make(kind, rng, return_sequences=True, **arguments)
-    assert layer.cell.step_derivative() is None
+    assert layer.cell.derivative() is None
     x = rng.normal(size=(B, T, D))
     along = rng.normal(size=x.shape)
 

@@ -596,7 +596,7 @@ def test_regularizers_add_losses(kind, rng):
     )
     outputs = layer(frames(rng))
     cell = layer.cell
-    bias = [cell.input_norm.beta] + [cell.recurrent_bias] * (kind == "gru")
+    bias = [cell.input_norm.beta] + ([cell.recurrent_bias] if kind == "gru" else [])
     terms = [(0.1, cell.kernel), (0.2, cell.recurrent_kernel), (0.4 / B, outputs)]
     terms += [(0.3, b) for b in bias]
     expected = sum(factor * np.sum(np.asarray(w) ** 2) for factor, w in terms)
@@ -616,7 +616,7 @@ def test_constraints_apply(kind, rng):
     randomize(cell, rng)
     model.compile("sgd", "mse", run_eagerly=True)
     model.train_on_batch(*toy_task(rng, B))
-    bias = [cell.input_norm.beta] + [cell.recurrent_bias] * (kind == "gru")
+    bias = [cell.input_norm.beta] + ([cell.recurrent_bias] if kind == "gru" else [])
     pairs = [(cell.kernel, 0.1), (cell.recurrent_kernel, 0.2)]
     for weight, bound in pairs + [(b, 0.3) for b in bias]:
         norms = np.sqrt(np.sum(np.asarray(weight) ** 2, axis=0))

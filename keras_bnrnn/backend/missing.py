@@ -1,0 +1,69 @@
+"""What `keras_bnrnn` does on a Keras backend that it has no time loop for.
+
+`SequenceBatchNorm` and the pure functions work: a distributed batch is one tensor
+there, and the backend differentiates.
+"""
+
+import keras
+
+FusedKernel = None
+
+
+def has_fused_kernels():
+    return False
+
+
+def require_time_loop():
+    raise NotImplementedError(
+        "The recurrent layers of keras_bnrnn run on the TensorFlow backend of Keras: "
+        "set the environment variable KERAS_BACKEND=tensorflow. "
+        f"Received: backend={keras.backend.backend()!r}"
+    )
+
+
+def scan(*arguments, **options):
+    require_time_loop()
+
+
+def compiled(function, example, open_axes):
+    return function
+
+
+def compiled_by_xla():
+    return False
+
+
+def call_if(condition, function):
+    pass
+
+
+def custom_gradient(plain, forward, backward):
+    return lambda *arguments: plain(*arguments)
+
+
+def value_and_slope(function, x):
+    require_time_loop()
+
+
+def times_transposed(x, matrix):
+    return keras.ops.matmul(x, keras.ops.transpose(matrix))
+
+
+def transposed_times(x, y):
+    return keras.ops.matmul(keras.ops.transpose(x), y)
+
+
+def replica_count():
+    return 1
+
+
+def sum_over_replicas(x):
+    return x
+
+
+def require_positive(value, message):
+    pass
+
+
+def graph_of(tensor):
+    return None

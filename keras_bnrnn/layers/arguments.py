@@ -1,0 +1,152 @@
+"""The normalisation arguments of all cells and layers: told once."""
+
+import inspect
+import numbers
+import typing
+
+import keras
+
+from keras_bnrnn.sequence_batch_norm import check_flag, is_number
+
+
+class NormalizationArguments(typing.TypedDict, total=False):
+    """The arguments of normalisation, and those of every Keras layer.
+
+    A public class takes them as `**normalization: Unpack[NormalizationArguments]`.
+    """
+
+    normalize: str
+    statistics: str
+    population: str
+    max_timesteps: int | None
+    momentum: float
+    epsilon: float
+    gamma_initializer: typing.Any
+    synchronized: bool
+    name: str | None
+    dtype: typing.Any
+    trainable: bool
+
+
+DEFAULTS = {
+    "normalize": "input",
+    "statistics": "sequence",
+    "population": "pooled",
+    "max_timesteps": None,
+    "momentum": 0.99,
+    "epsilon": 1e-3,
+    "gamma_initializer": "ones",
+    "synchronized": False,
+}
+
+DOCS = """normalize: Where to normalise. `"input"` (default):
+            `BN(W x_t) + U h`, the method of the paper. `"joint"`:
+            `BN(W x_t + U h)`, its negative result; that sum exists one timestep
+            at a time, so its statistics are frame-wise whatever `statistics` is.
+            (`"recurrent"` is not available yet.)
+        statistics: The frames over which a training step takes mean and variance:
+            `"sequence"` (default), all valid frames of the batch together, or
+            `"frame"`, each timestep alone. Sequence-wise statistics include later
+            frames of the training batch: use `"frame"` to predict the next one.
+        population: `"pooled"` (default), see `SequenceBatchNorm`.
+        max_timesteps: See `SequenceBatchNorm`. Default: `None`.
+        momentum: Float in [0, 1), weight of the past in the population
+            statistics. Default: 0.99.
+        epsilon: Float > 0, added to the variance. Default: 1e-3.
+        gamma_initializer: Initializer of `gamma`. Default: `"ones"`.
+        synchronized: Whether batch statistics are taken over all replicas;
+            `normalize="input"` only. Default: `False`."""
+
+
+def with_normalization_arguments(cls):
+    """Fills `{normalization}` in the docstring of a class, and completes its signature.
+
+    The signature of `__init__` shows each argument of normalisation with its default.
+    """
+    cls.__doc__ = cls.__doc__.replace("{normalization}", DOCS)
+    own = inspect.signature(cls.__init__)
+    *spelled, rest = own.parameters.values()
+    kind = inspect.Parameter.KEYWORD_ONLY
+    hints = typing.get_type_hints(NormalizationArguments)
+    normalization = [
+        inspect.Parameter(name, kind, default=default, annotation=hints[name])
+        for name, default in DEFAULTS.items()
+    ]
+    kwargs = rest.replace(name="kwargs", annotation=inspect.Parameter.empty)
+    cls.__init__.__signature__ = own.replace(
+        parameters=[*spelled, *normalization, kwargs]
+    )
+    return cls
+
+
+def given(scope):
+    """The arguments of the `__init__` whose `locals()` are given, as one dict."""
+    arguments = {
+        name: value
+        for name, value in scope.items()
+        if name not in ("self", "__class__", "normalization")
+    }
+    return {**arguments, **scope["normalization"]}
+
+
+def names_of(cls):
+    """The names of the arguments of a class, those that it passes on included.
+
+    Those of `keras.layers.Layer` are left out.
+    """
+    names = []
+    for base in cls.__mro__:
+        if base is keras.layers.Layer:
+            break
+        if "__init__" not in vars(base):
+            continue
+        _, *parameters = inspect.signature(base.__init__).parameters.values()
+        passes_on = False
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                passes_on = True
+            elif parameter.name not in names:
+                names.append(parameter.name)
+        if not passes_on:
+            break
+    return names
+
+
+def check_normalize(normalize, synchronized):
+    if normalize == "recurrent":
+        raise ValueError(
+            "`normalize='recurrent'` is not available yet: use 'input' or "
+            f"'joint'. Received: normalize={normalize!r}"
+        )
+    if normalize not in ("input", "joint"):
+        raise ValueError(
+            f"`normalize` must be 'input' or 'joint'. Received: normalize={normalize!r}"
+        )
+    check_flag("synchronized", synchronized)
+    if synchronized and normalize == "joint":
+        raise ValueError(
+            "`synchronized=True` needs `normalize='input'`: replicas cannot "
+            "exchange sums inside the time loop. "
+            f"Received: synchronized={synchronized!r}, normalize={normalize!r}"
+        )
+
+
+def check_rate(name, rate):
+    """Refuses a dropout rate that the stock cell would clamp."""
+    if not is_number(rate) or not 0.0 <= rate < 1.0:
+        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={rate!r}")
+
+
+def check_units(units):
+    if isinstance(units, bool) or not isinstance(units, numbers.Integral) or units < 1:
+        raise ValueError(
+            f"`units` must be a positive integer. Received: units={units!r}"
+        )
+
+
+def check_use_cudnn(use_cudnn):
+    if not isinstance(use_cudnn, bool) and use_cudnn != "auto":
+        raise ValueError(
+            "`use_cudnn` must be 'auto', True or False. "
+            f"Received: use_cudnn={use_cudnn!r}"
+        )

@@ -1,0 +1,365 @@
+"""`BNRNN`: a layer of one batch-normalised cell."""
+
+import re
+
+import keras
+from keras import ops
+
+from keras_bnrnn import backend
+from keras_bnrnn.frames import Frames, at_end
+from keras_bnrnn.layers.arguments import check_use_cudnn, names_of
+from keras_bnrnn.layers.cell import changed_methods, derivative_of
+from keras_bnrnn.layers.normalizers import (
+    BatchNormalizer,
+    PopulationNormalizer,
+    affine_of,
+)
+from keras_bnrnn.projection import folded_projection, normalized_projection
+from keras_bnrnn.recurrence import Loop, Schedule, time_loop
+from keras_bnrnn.sequence_batch_norm import check_mask
+
+
+class BNRNN(keras.layers.RNN):
+    """A layer of one `BNCell`, which projects all timesteps in one product.
+
+    A layer of a new kind declares its cell:
+
+    >>> class Layer(BNRNN):
+    ...     cell_class = BNSimpleRNNCell
+    ...
+    ...     def __init__(self, units, **arguments):
+    ...         super().__init__(units=units, **arguments)
+
+    Attributes:
+        cell_class: The class of its cell. The layer has each argument of the cell as a
+            read-only attribute.
+        stock_layer: The Keras layer of the same equations, which `fold` puts in its
+            place. `None` (default): there is none.
+
+    Args:
+        cell: A `BNCell`, for a layer without `cell_class`.
+        use_cudnn: `"auto"`, `True` or `False`, see `BNLSTM`. Default: `False`.
+        **arguments: Those of `cell_class`, and of `keras.layers.RNN`.
+    """
+
+    cell_class = None
+    stock_layer = None
+    _fused = None
+    _drops_states = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.cell_class is not None:
+            for name in names_of(cls.cell_class):
+                if not hasattr(cls, name):
+                    setattr(cls, name, _of_cell(name))
+
+    def __init__(self, cell=None, use_cudnn=False, **arguments):
+        check_use_cudnn(use_cudnn)
+        if cell is None:
+            cell, arguments = self._make_cell(arguments)
+        super().__init__(cell, **arguments)
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+        # Keras 3.16 sets it to False in `RNN`: the layer above would count padding.
+        self.supports_masking = True
+        self.use_cudnn = use_cudnn
+        if self._why_not_fused(training=True) is None:
+            self.supports_jit = False  # as in the stock layer: XLA has no such kernel
+
+    def _make_cell(self, arguments):
+        """The cell, and the arguments that are left for `keras.layers.RNN`."""
+        cls = self.cell_class
+        shared = ("dtype", "trainable")
+        # The stock layers take `implementation`. It changes nothing here.
+        known = {*names_of(cls), "implementation"} - {"name"}
+        of_cell = {name: value for name, value in arguments.items() if name in known}
+        rest = {
+            name: value
+            for name, value in arguments.items()
+            if name not in known or name in shared
+        }
+        of_cell |= {name: rest[name] for name in shared if name in rest}
+        words = "(?<=^BN)(?=[A-Z])|(?<=[a-z])(?=[A-Z])|(?<!^)(?=[A-Z][a-z])"
+        name = re.sub(words, "_", cls.__name__).lower()
+        return cls(**of_cell, name=name), rest
+
+    @property
+    def input_norm(self):
+        """The cell's `SequenceBatchNorm` of the input projection, or of the sum."""
+        return self.cell.input_norm
+
+    @property
+    def nonfinite_batches(self):
+        """See `SequenceBatchNorm`."""
+        return self.cell.input_norm.nonfinite_batches
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        super().build(sequences_shape, initial_state_shape)
+        if self._why_not_fused() is None:
+            self._fused = backend.FusedKernel(
+                self.cell.fused, self.units, self.dtype_policy
+            )
+            self._fused.build(sequences_shape)
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        require_timesteps(sequences, self.name)
+        # Not every caller casts: `TimeDistributed` calls `call` itself.
+        sequences = ops.cast(sequences, self.compute_dtype)
+        self.cell.drops_nothing = not training
+        self._drops_states = training and not (self.return_state or self.stateful)
+        try:
+            return super().call(
+                sequences, initial_state=initial_state, mask=mask, training=training
+            )
+        finally:
+            self.cell.drops_nothing = self._drops_states = False
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        backend.require_time_loop()
+        cell = self.cell
+        fused = self._fused_kernel(training)
+        frames = self._frames(sequences, mask, time_major=fused is None)
+        x = frames.arrange(sequences)
+        if training and cell.dropout:
+            dropout_mask = cell.get_dropout_mask(sequences[:, 0, :])  # (B, D)
+            x = x * ops.expand_dims(dropout_mask, 1 if fused else 0)
+        learns = cell.learns(training)
+        weights = cell.own_weights() if learns else cell.folded_weights()
+        if training and cell.recurrent_dropout:
+            dropout_mask = cell.get_recurrent_dropout_mask(initial_state[0])
+            weights = weights._replace(recurrent_dropout_mask=dropout_mask)
+
+        run = self._run_loop if fused is None else self._run_fused
+        outputs, states = run(frames, x, initial_state, weights, learns, training)
+        repeat = not self.zero_output_for_mask
+        last = frames.last_output(states[0], repeat)
+        if self.return_sequences:
+            return last, frames.restore(outputs, repeat), states
+        return last, last[:, None, :], states
+
+    def _run_loop(self, frames, x, initial_state, weights, learns, training):
+        """Projects, normalises by the batch if the layer learns, and runs the loop.
+
+        Args:
+            frames: `Frames`.
+            x: Tensor (T, B, D), the arranged frames.
+            initial_state: List of tensors (B, U).
+            weights: `Weights`, folded ones unless the layer learns.
+            learns: Whether the layer normalises by the batch's moments.
+            training: Whether gradients are wanted.
+
+        Returns:
+            Outputs (T, B, U), or `None`, and the states at the end of each row.
+        """
+        cell = self.cell
+        norms = cell.norms
+        in_loop = cell.norms_in_loop if learns else {}
+        if learns and "input" in norms:
+            projected, bias = normalized_projection(
+                norms["input"], x, weights.kernel, frames.valid
+            )
+            weights = weights._replace(bias=bias)
+        else:
+            projected = ops.matmul(x, weights.kernel)  # (T, B, G*U)
+        for norm in in_loop.values():
+            batch, timesteps = x.shape[1], x.shape[0]
+            cause = f"`normalize={cell.normalize!r}`"
+            norm.require_group_size((batch, timesteps, x.shape[2]), (0,), cause)
+
+        affine = affine_of(in_loop)
+
+        def step(projected_t, recurrent_t, states, weights, valid_t):
+            norm = BatchNormalizer(in_loop, affine, valid_t)
+            states = cell.step(projected_t, recurrent_t, states, weights, norm)
+            return states, norm.moments()
+
+        collected = []
+        for norm in in_loop.values():
+            (width,) = norm.moving_mean.shape
+            shapes = (width,), (width,), (1,)
+            collected += [(shape, norm.statistics_dtype) for shape in shapes]
+        outputs, states, moments = time_loop(
+            Loop(
+                step,
+                cell.loop_kernel,
+                valid=frames.valid,
+                step_reads_valid=bool(in_loop),
+                bounded=cell.is_bounded(),
+                collected=collected,
+                schedule=Schedule(self.unroll, training, cell.reads_ahead),
+            ),
+            projected,
+            list(initial_state),
+            weights,
+            lengths=frames.lengths,
+            return_sequences=self.return_sequences,
+            wants_states=not self._drops_states,
+            derivative=None if in_loop else derivative_of(cell),
+        )
+        cell.learn(moments, in_loop)
+        return outputs, states
+
+    def _run_fused(self, frames, x, initial_state, weights, learns, training):
+        """The same with the backend's fused kernel, all with rows first."""
+        cell = self.cell
+        if learns:
+            x, kernel, bias = folded_projection(
+                cell.input_norm, x, weights.kernel, frames.valid
+            )
+            weights = weights._replace(kernel=kernel, bias=bias)
+        lengths = frames.lengths
+        states = list(initial_state)
+        # The kernel gives the output at each frame, but other states only at the end
+        # of the lengths that it is told, which must not be 0.
+        tells_lengths = (
+            lengths is not None and len(states) > 1 and not self._drops_states
+        )
+        outputs, last = self._fused(
+            x,
+            states,
+            cell.stock_weights(weights),
+            ops.maximum(lengths, 1) if tells_lengths else None,
+        )
+        if lengths is not None:
+            empty = (lengths == 0)[:, None]
+            last = [
+                ops.where(empty, old, new)
+                for old, new in zip(states, last, strict=True)
+            ]
+            by_time = ops.transpose(outputs, (1, 0, 2))
+            last[0] = at_end(by_time, states[0], lengths)
+        return outputs, last
+
+    def _fused_kernel(self, training):
+        """The kernel of this call, or `None` for the time loop."""
+        reason = self._why_not_fused(training)
+        if reason is None and self._fused is not None:
+            return self._fused
+        if self.use_cudnn is True:
+            reason = reason or "the layer was built where there was no GPU"
+            raise ValueError(
+                f"`use_cudnn=True` cannot be met: {reason}. Pass `use_cudnn='auto'` "
+                f"to use the time loop instead. Received: {type(self).__name__} "
+                f"{self.name!r} with training={training!r}"
+            )
+        return None
+
+    def _why_not_fused(self, training=False):
+        """The reason why no fused kernel runs a call, or `None` if one does."""
+        cell = self.cell
+        if self.use_cudnn is False:
+            return "`use_cudnn` is False"
+        if (
+            cell.fused is None
+            or changed_methods(cell, "fused")
+            or not cell.has_stock_equations()
+        ):
+            return "only the usual activations, without peepholes, have a kernel"
+        if self.unroll:
+            return "`unroll` is True"
+        if training and cell.recurrent_dropout:
+            return "there is recurrent dropout"
+        if cell.learns(training):
+            if cell.norms_in_loop:
+                return f"`normalize={cell.normalize!r}` normalises inside the time loop"
+            if cell.input_norm.statistics == "frame":
+                return "statistics are frame-wise"
+        if not backend.has_fused_kernels():
+            return "there is no GPU"
+        return None
+
+    def _frames(self, sequences, mask, time_major=True):
+        if mask is not None:
+            mask = keras.tree.flatten(mask)[0]
+            check_mask(mask, sequences.shape)
+            mask = ops.cast(mask, "bool")
+        return Frames(mask, self.go_backwards, time_major)
+
+    def pre_activations(self, site, sequences, initial_state=None, mask=None):
+        """What the norm of a site normalises at inference, in float64.
+
+        Args:
+            site: The name of the site.
+            sequences: Tensor of shape (B, T, D).
+            initial_state: List of tensors of shape (B, U). Default: zeros.
+            mask: Boolean tensor of shape (B, T), or `None`.
+
+        Returns:
+            Tensor of shape (T, B, width) and boolean tensor (T, B), or `None` if all
+            its frames are valid.
+        """
+        cell = self.cell
+        frames = self._frames(sequences, mask)
+        valid = None if frames.valid is None else frames.valid[..., 0]
+        weights = cell.own_weights()
+        if site == "input":
+            x = ops.cast(frames.arrange(sequences), "float64")
+            return ops.matmul(x, ops.cast(weights.kernel, "float64")), valid
+        norms = cell.norms
+
+        def step(projected_t, recurrent_t, states, weights, valid_t):
+            norm = PopulationNormalizer(norms)
+            states = cell.step(projected_t, recurrent_t, states, weights, norm)
+            return states, [norm.pre_activations(site)]
+
+        if initial_state is None:
+            initial_state = self.get_initial_state(ops.shape(sequences)[0])
+        dtype = cell.compute_dtype
+        x = ops.cast(frames.arrange(sequences), dtype)
+        (width,) = norms[site].moving_mean.shape
+        _, _, (seen,) = time_loop(
+            Loop(
+                step,
+                cell.loop_kernel,
+                valid=frames.valid,
+                bounded=cell.is_bounded(),
+                collected=[((sequences.shape[0], width), dtype)],
+            ),
+            ops.matmul(x, ops.cast(weights.kernel, dtype)),
+            [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)],
+            weights,
+            return_sequences=False,
+        )
+        return ops.cast(seen, "float64"), valid
+
+    def get_config(self):
+        config = super().get_config()
+        if self.cell_class is None:
+            return config
+        del config["cell"]
+        cell_config = self.cell.get_config()
+        for shared in ("name", "trainable", "dtype"):
+            del cell_config[shared]
+        regularizer = keras.regularizers.serialize(self.activity_regularizer)
+        config = {**config, "activity_regularizer": regularizer, **cell_config}
+        if "use_cudnn" in names_of(type(self)):
+            config["use_cudnn"] = self.use_cudnn
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(config) if cls.cell_class is None else cls(**config)
+
+
+def _of_cell(name):
+    """A read-only attribute of a layer that its cell holds."""
+    return property(lambda layer: getattr(layer.cell, name))
+
+
+def require_timesteps(sequences, name):
+    """Refuses sequences without a timestep, as the stock layers do.
+
+    Args:
+        sequences: Tensor of shape (B, T, D). If T is not static, the graph checks it
+            as it runs (not under XLA).
+        name: Name of the layer.
+    """
+    timesteps = sequences.shape[1]
+    message = (
+        "`sequences` must have at least one timestep. "
+        f"Received: sequences of shape (batch, 0, features) in layer {name!r}"
+    )
+    if timesteps == 0:
+        raise ValueError(message)
+    if timesteps is None and not keras.utils.is_keras_tensor(sequences):
+        backend.require_positive(ops.shape(sequences)[1], message)

@@ -1,0 +1,8 @@
+"""One time loop for all cells."""
+
+from keras_bnrnn.recurrence.derivative import StepDerivative
+from keras_bnrnn.recurrence.schedule import Schedule
+from keras_bnrnn.recurrence.time_loop import Loop, time_loop
+from keras_bnrnn.recurrence.weights import Weights
+
+__all__ = ["Loop", "Schedule", "StepDerivative", "Weights", "time_loop"]

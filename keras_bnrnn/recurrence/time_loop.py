@@ -1,0 +1,122 @@
+"""The time loop that all cells share.
+
+A cell gives the loop an elementwise step, and possibly the derivative of that step. The
+loop owns the recurrent product, the states, the stacking of results over time, and the
+gradient. Tensors over time are time-major, (T, B, ...), in the order of processing.
+"""
+
+from keras import ops
+
+from keras_bnrnn import backend
+from keras_bnrnn.frames import at_end
+from keras_bnrnn.recurrence import backward, forward
+from keras_bnrnn.recurrence.forward import Loop
+
+__all__ = ["Loop", "time_loop"]
+
+
+def time_loop(
+    loop,
+    projected,
+    states,
+    weights,
+    lengths=None,
+    return_sequences=True,
+    wants_states=True,
+    derivative=None,
+):
+    """Runs a cell's step over the timesteps of a projected sequence.
+
+    Args:
+        loop: `Loop`: the step, and how to run it.
+        projected: Tensor of shape (T, B, G*U), the input projection.
+        states: List of tensors of shape (B, U); the first one is the output.
+        weights: `Weights` of the recurrence.
+        lengths: int32 tensor (B,), the number of frames of each row; `None` for T.
+        return_sequences: Whether outputs are returned. Default: `True`.
+        wants_states: Whether all last states are used. If not, only the first is
+            right. Default: `True`.
+        derivative: `StepDerivative` of the step, which then collects nothing. `None`
+            (default): the backend differentiates the loop.
+
+    Returns:
+        `(outputs, states, collected)`: outputs of shape (T, B, U), finite but
+        unspecified past the end of a row, or `None`; the states at the end of each row;
+        each collected tensor with T in front.
+    """
+    # The states at a row's own end are read from the states over time.
+    stacks = int(return_sequences)
+    if lengths is not None:
+        stacks = len(states) if wants_states else 1
+    if derivative is None:
+        sequences, last, _, collected = forward.run(
+            loop, projected, states, weights, stacks
+        )
+    else:
+        collected = []
+        sequences, last = _differentiated(
+            loop, derivative, projected, states, weights, stacks, lengths is None
+        )
+    if lengths is not None:
+        last = [at_end(*pair, lengths) for pair in zip(sequences, states, strict=False)]
+        last += states[stacks:]
+    return sequences[0] if return_sequences else None, last, collected
+
+
+def _differentiated(loop, derivative, projected, states, weights, stacks, wants_last):
+    """The stacked and the last states of a loop, with the gradient by `derivative`.
+
+    Args:
+        stacks: The number of stacked states.
+        wants_last: Whether last states are returned.
+    """
+    in_loop = weights.in_loop()
+    count = len(states)
+    keep = derivative.pre_activations, derivative.width(states[0].shape[-1])
+
+    def named(arguments):
+        projected, *rest = arguments
+        tensors = dict(zip(in_loop, rest[count:], strict=True))
+        return projected, rest[:count], weights.replaced(tensors)
+
+    def flat(sequences, last):
+        return [*sequences[:stacks], *(last if wants_last else [])]
+
+    def plain(*arguments):
+        """The loop as the backend can differentiate it, any number of times."""
+        sequences, last, _, _ = forward.run(loop, *named(arguments), stacks)
+        return flat(sequences, last)
+
+    def keep_all(*arguments):
+        sequences, last, kept, _ = forward.run(
+            loop, *named(arguments), count, keep, differentiable=False
+        )
+        return flat(sequences, last), [kept, *sequences]
+
+    def keep_nothing(*arguments):
+        sequences, last, _, _ = forward.run(
+            loop, *named(arguments), stacks, differentiable=False
+        )
+        return flat(sequences, last), []
+
+    keeps = loop.schedule.keeps
+
+    def gradient(arguments, kept, upstream):
+        if not keeps:
+            _, kept = keep_all(*arguments)
+        d_sequences, d_last = list(upstream[:stacks]), list(upstream[stacks:])
+        if not wants_last:
+            d_last = [ops.zeros_like(state) for state in states]
+        d_projected, d_states, d_weights = backward.run(
+            loop,
+            derivative,
+            *named(arguments),
+            (kept[0], kept[1:]),
+            d_sequences,
+            d_last,
+        )
+        return [d_projected, *d_states, *(d_weights[name] for name in in_loop)]
+
+    run = backend.custom_gradient(plain, keep_all if keeps else keep_nothing, gradient)
+    results = list(run(projected, *states, *in_loop.values()))
+    return results[:stacks], results[stacks:]
