@@ -18,7 +18,7 @@ from keras_bnrnn_cli import arguments
 _COMMANDS = {
     "serve": (
         arguments.serve,
-        "keras_bnrnn.serving.__main__",
+        "keras_bnrnn.local_server.__main__",
         "serve exported models on this machine, for development and tests "
         "(production is TensorFlow Serving)",
     ),
@@ -59,7 +59,7 @@ def main(argv=None):
         with _quiet_import():
             command = importlib.import_module(module)
     except ImportError as error:
-        # The message of `keras_bnrnn.serving` names the extra to install.
+        # The message of `keras_bnrnn.local_server` names the extra to install.
         print(f"error: {error}", file=sys.stderr)
         return 1
     return command.run(parsed)

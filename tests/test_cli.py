@@ -177,7 +177,7 @@ def test_the_log_of_an_import_is_hidden(level, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("module", ["starlette", "uvicorn", "prometheus_client"])
 def test_a_missing_extra_is_one_line(module, monkeypatch, capfd):
-    for name in [name for name in sys.modules if "keras_bnrnn.serving" in name]:
+    for name in [name for name in sys.modules if "keras_bnrnn.local_server" in name]:
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -30,7 +30,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
 

@@ -23,7 +23,7 @@ from test_client import (
 )
 
 import keras_bnrnn
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 # Fixtures; named here so that they count as used.
 __all__ = ["models", "server"]

@@ -36,7 +36,7 @@ from tensorflow_serving.apis import (
 )
 from tensorflow_serving.config import model_server_config_pb2
 
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SERVING = ROOT / "serving"

@@ -22,14 +22,14 @@ from serving_backends import (
 )
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 # It reads the flags of `tensorflow_model_server` that the tests use.
 STAND_IN = """#!{python}
 import argparse, signal, threading
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
