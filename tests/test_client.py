@@ -22,6 +22,8 @@ pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 
 import grpc
+import keras_bnrnn_client
+from keras_bnrnn_client import ServingClient, grpc_transport
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -34,13 +36,6 @@ from keras_bnrnn.local_server import ModelServer
 
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
 
-try:
-    import keras_bnrnn_client as serving_client
-except ImportError:
-    sys.path.insert(0, str(SERVING))
-    import client as serving_client
-
-ServingClient = serving_client.ServingClient
 F, U, K = 3, 4, 2
 
 
@@ -236,7 +231,7 @@ class TestPredict:
                 outputs = client.predict({"text": [b"\xfe\x00"], **inputs}, "kinds")
                 assert outputs["text"].tolist() == [b"\xfe\x00"]
             else:
-                with pytest.raises(serving_client.InvalidRequest, match="UTF-8"):
+                with pytest.raises(keras_bnrnn_client.InvalidRequest, match="UTF-8"):
                     client.predict({"text": [b"\xfe\x00"], **inputs}, "kinds")
 
     def test_single_empty_and_nan(self, server, protocol):
@@ -251,7 +246,7 @@ class TestPredict:
             if protocol == "grpc":
                 assert client.predict({"x": [1.5]}, "half")["y"].tolist() == [3.0]
             else:
-                with pytest.raises(serving_client.ServingError) as info:
+                with pytest.raises(keras_bnrnn_client.ServingError) as info:
                     client.predict({"x": [1.5]}, "half")
                 assert info.value.code == "UNIMPLEMENTED"
 
@@ -289,7 +284,7 @@ class TestPredict:
         with connect(server, protocol) as client:
             for signature, others in (("serving_default", {}), ("chunk", states)):
                 for lengths in ([4], [4, 3, 2], []):
-                    with pytest.raises(serving_client.InvalidRequest) as info:
+                    with pytest.raises(keras_bnrnn_client.InvalidRequest) as info:
                         client.predict(
                             {"x": x, "lengths": lengths, **others}, signature
                         )
@@ -310,7 +305,7 @@ class TestPredict:
         for which, kind, code, http_status in cases:
             with (
                 connect(server, protocol, **which) as client,
-                pytest.raises(getattr(serving_client, kind)) as info,
+                pytest.raises(getattr(keras_bnrnn_client, kind)) as info,
             ):
                 client.predict(inputs)
             assert type(info.value).__name__ == kind
@@ -322,7 +317,7 @@ class TestPredict:
         with (
             connect(server, protocol) as client,
             pytest.raises(
-                serving_client.SignatureNotFound,
+                keras_bnrnn_client.SignatureNotFound,
                 match=r"Version 2 of model 'rnn' has no signature 'text'.*'chunk'",
             ),
         ):
@@ -330,7 +325,7 @@ class TestPredict:
         # Each row of states is of one row of frames: the server refuses to stretch.
         with (
             connect(server, protocol) as client,
-            pytest.raises(serving_client.ServingError) as info,
+            pytest.raises(keras_bnrnn_client.ServingError) as info,
         ):
             client.predict(
                 {"x": np.zeros([3, F]), "rnn_h": np.zeros([2, U]), "t": [0, 0]}, "step"
@@ -351,7 +346,7 @@ class TestModel:
             "step",
         ]
         step = metadata.signatures["step"]
-        spec = serving_client.TensorSpec
+        spec = keras_bnrnn_client.TensorSpec
         assert dict(step.inputs) == {
             "x": spec("float32", (None, F)),
             "rnn_h": spec("float32", (None, U)),
@@ -362,7 +357,7 @@ class TestModel:
         assert initial.inputs["x"] == spec("float32", None)
 
     def test_status(self, server, protocol):
-        status = serving_client.VersionStatus
+        status = keras_bnrnn_client.VersionStatus
         with connect(server, protocol) as client:
             assert client.status() == [status(2, "AVAILABLE"), status(1, "AVAILABLE")]
         with connect(server, protocol, version=1) as client:
@@ -382,7 +377,7 @@ class TestModel:
                 assert status.error_code != "OK"
                 assert status.error_message
                 with pytest.raises(
-                    serving_client.DeadlineExceeded,
+                    keras_bnrnn_client.DeadlineExceeded,
                     match=r"'types' version 5 was not available within 0.3 s.*END",
                 ):
                     client.wait_until_available(0.3)
@@ -401,7 +396,7 @@ class TestModel:
         timer = threading.Timer(0.5, server.start)
         with client:
             with pytest.raises(
-                serving_client.DeadlineExceeded,
+                keras_bnrnn_client.DeadlineExceeded,
                 match=f"label 'stable' was not available within 0.2 s.*{port}",
             ):
                 client.wait_until_available(0.2)
@@ -481,7 +476,7 @@ class TestSession:
             shutil.copytree(models["rnn"] / "2", tmp_path / "rnn" / "2")
             server.poll()
             with pytest.raises(
-                serving_client.SessionExpired,
+                keras_bnrnn_client.SessionExpired,
                 match=r"Version 1 of model 'rnn'.*no longer served",
             ):
                 session.step(x[:, 1])
@@ -513,7 +508,7 @@ class TestSession:
         with (
             connect(server, protocol, "types") as client,
             pytest.raises(
-                serving_client.SignatureNotFound,
+                keras_bnrnn_client.SignatureNotFound,
                 match=r"no signature 'initial_state'.*causal",
             ),
         ):
@@ -691,7 +686,7 @@ class TestRetries:
         rest_double.actions = [action]
         with (
             ServingClient("m", rest_url=rest_double.url) as client,
-            pytest.raises(serving_client.ServingError) as info,
+            pytest.raises(keras_bnrnn_client.ServingError) as info,
         ):
             client.predict({"x": [1]})
         assert type(info.value).__name__ == kind
@@ -728,22 +723,21 @@ class TestRetries:
         grpc_double.actions = [f"RESOURCE_EXHAUSTED: {details}"] * 9
         with (
             ServingClient("m", grpc_target=grpc_double.target, retries=1) as client,
-            pytest.raises(serving_client.ServingError, match=details) as info,
+            pytest.raises(keras_bnrnn_client.ServingError, match=details) as info,
         ):
             client.predict({"x": [1]})
         assert info.value.code == "RESOURCE_EXHAUSTED"
         assert len(grpc_double.bodies) == 5
 
     def test_grpc_message_that_is_too_large(self, models, monkeypatch):
-        transport = importlib.import_module(f"{serving_client.__name__}.grpc_transport")
         calls = []
-        call = transport._call
+        call = grpc_transport._call
 
         def count(method, request, seconds):
             calls.append(request)
             return call(method, request, seconds)
 
-        monkeypatch.setattr(transport, "_call", count)
+        monkeypatch.setattr(grpc_transport, "_call", count)
         inputs = {"x": np.zeros([1, 10_000, F]), "lengths": [1]}
         with (
             ModelServer(
@@ -754,7 +748,7 @@ class TestRetries:
             client.metadata()
             calls.clear()
             with pytest.raises(
-                serving_client.ServingError, match="message larger than max"
+                keras_bnrnn_client.ServingError, match="message larger than max"
             ) as info:
                 client.predict(inputs)
         assert info.value.code == "RESOURCE_EXHAUSTED"
@@ -784,7 +778,7 @@ class TestRetries:
         grpc_double.actions = [action]
         with (
             ServingClient("m", grpc_target=grpc_double.target) as client,
-            pytest.raises(serving_client.ServingError) as info,
+            pytest.raises(keras_bnrnn_client.ServingError) as info,
         ):
             client.predict({"x": [1]})
         assert type(info.value).__name__ == kind
@@ -797,7 +791,7 @@ class TestRetries:
             rest_double.actions, rest_double.bodies = [503] * 10, []
             with (
                 ServingClient("m", rest_url=rest_double.url, retries=retries) as client,
-                pytest.raises(serving_client.Unavailable, match="error 503"),
+                pytest.raises(keras_bnrnn_client.Unavailable, match="error 503"),
             ):
                 client.predict({"x": [1]})
             assert len(rest_double.bodies) == retries + 1
@@ -809,7 +803,7 @@ class TestRetries:
             client.metadata()
             start = time.monotonic()
             with pytest.raises(
-                serving_client.DeadlineExceeded, match=r"no answer within 0\.\d+ s"
+                keras_bnrnn_client.DeadlineExceeded, match=r"no answer within 0\.\d+ s"
             ) as info:
                 client.predict({"x": [1]}, timeout=0.5)
         assert 0.2 < time.monotonic() - start < 2
@@ -822,7 +816,7 @@ class TestRetries:
         with ServingClient("m", grpc_target=grpc_double.target, timeout=0.5) as client:
             client.metadata()
             start = time.monotonic()
-            with pytest.raises(serving_client.DeadlineExceeded):
+            with pytest.raises(keras_bnrnn_client.DeadlineExceeded):
                 client.predict({"x": [1]})
         assert 0.2 < time.monotonic() - start < 2
 
@@ -833,7 +827,7 @@ class TestRetries:
             where = {"grpc_target": where["rest_url"].removeprefix("http://")}
         with (
             ServingClient("m", **where, retries=1) as client,
-            pytest.raises(serving_client.Unavailable) as info,
+            pytest.raises(keras_bnrnn_client.Unavailable) as info,
         ):
             client.predict({"x": [1]})
         assert info.value.code == "UNAVAILABLE"
@@ -855,7 +849,7 @@ class TestRetries:
         )
         with (
             ServingClient("m", rest_url=rest_double.url) as client,
-            pytest.raises(serving_client.ServingError, match=r"not JSON.*<html>"),
+            pytest.raises(keras_bnrnn_client.ServingError, match=r"not JSON.*<html>"),
         ):
             client.metadata()
 
@@ -882,9 +876,8 @@ def test_arguments():
 
 
 def test_missing_package_is_named_with_the_cure(monkeypatch):
-    package = serving_client.__name__
     for name in list(sys.modules):
-        if name.startswith(package + ".") and name.endswith("_transport"):
+        if name.startswith("keras_bnrnn_client.") and name.endswith("_transport"):
             monkeypatch.delitem(sys.modules, name)
     for module, where, cure in [
         ("httpx", {"rest_url": "http://h"}, "REST.*httpx.*pip install httpx"),
@@ -898,8 +891,8 @@ def test_missing_package_is_named_with_the_cure(monkeypatch):
 def test_rest_needs_neither_keras_nor_tensorflow(server):
     code = f"""
 import sys
-sys.path.insert(0, {str(SERVING)!r})
-from client import ServingClient
+sys.path.insert(0, {str(SERVING / "client")!r})
+from keras_bnrnn_client import ServingClient, grpc_transport
 with ServingClient("rnn", rest_url={server.url!r}) as client:
     session = client.session()
     print(session.step([[0.0] * {F}])["logits"].shape)

@@ -11,6 +11,7 @@ pytest.importorskip("grpc")
 pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 
+from keras_bnrnn_client import ServingClient, Signature, TensorSpec, padding
 from test_client import (
     SERVING,
     F,
@@ -19,7 +20,6 @@ from test_client import (
     oracle,
     protocols,
     server,
-    serving_client,
 )
 
 import keras_bnrnn
@@ -27,9 +27,6 @@ from keras_bnrnn.local_server import ModelServer
 
 # Fixtures; named here so that they count as used.
 __all__ = ["models", "server"]
-
-padding = importlib.import_module(f"{serving_client.__name__}.padding")
-Signature, TensorSpec = serving_client.Signature, serving_client.TensorSpec
 
 
 @pytest.fixture(autouse=True)
@@ -250,5 +247,5 @@ def test_arguments(pad_to):
     with pytest.raises(
         ValueError, match=r"`pad_to` must be.*Received: pad_to="
     ) as info:
-        serving_client.ServingClient("m", grpc_target="h:1", pad_to=pad_to)
+        ServingClient("m", grpc_target="h:1", pad_to=pad_to)
     assert str(info.value).endswith(f"pad_to={pad_to!r}")

@@ -256,7 +256,6 @@ class TestCompose:
         service = compose["services"]["front"]
         # Not started unless it is asked for.
         assert service["profiles"] == ["front"]
-        assert (SERVING / service["build"]["context"] / "front.py").is_file()
         dockerfile = service["build"]["dockerfile_inline"]
         (package,) = re.findall(r"pip install --no-cache-dir (\S+)\n", dockerfile)
         assert package in (ROOT / "requirements.txt").read_text().split()
@@ -268,7 +267,8 @@ class TestCompose:
         assert (python, option) == ("python", "-m")
         folder, _, name = module.partition(".")
         assert (folder, name) == ("keras_bnrnn_client", "front")
-        assert f"COPY . /srv/{folder}\nWORKDIR /srv\n" in dockerfile
+        assert (SERVING / service["build"]["context"] / folder / "front.py").is_file()
+        assert f"COPY {folder} /srv/{folder}\nWORKDIR /srv\n" in dockerfile
         found = dict(argument.removeprefix("--").split("=") for argument in arguments)
         host, port = found["target"].split(":")
         assert flags(compose["services"][host]["command"])["port"] == port
@@ -690,7 +690,7 @@ def test_guides_name_what_there_is(name, capsys):
     if str(SERVING) not in sys.path:
         sys.path.insert(0, str(SERVING))
     known = {"rm", "gpus", "file", "profile"}  # of Docker
-    for module in ("rollback", "load_test", "client.front"):
+    for module in ("rollback", "load_test", "keras_bnrnn_client.front"):
         with pytest.raises(SystemExit):
             importlib.import_module(module).main(["--help"])
         known |= set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
