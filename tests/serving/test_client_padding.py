@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pathlib
 
 import keras
 import numpy as np
@@ -11,22 +12,18 @@ pytest.importorskip("grpc")
 pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 
-from keras_bnrnn_client import ServingClient, Signature, TensorSpec, padding
-from test_client import (
-    SERVING,
+from client_models import (
     F,
     connect,
-    models,
     oracle,
     protocols,
-    server,
 )
+from keras_bnrnn_client import ServingClient, Signature, TensorSpec, padding
 
 import keras_bnrnn
 from keras_bnrnn.local_server import ModelServer
 
-# Fixtures; named here so that they count as used.
-__all__ = ["models", "server"]
+SERVING = pathlib.Path(__file__).parents[2] / "serving"
 
 
 @pytest.fixture(autouse=True)

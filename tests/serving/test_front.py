@@ -16,6 +16,10 @@ pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 
 import grpc
+from client_models import (
+    F,
+    oracle,
+)
 from keras_bnrnn_client import ServingClient, front
 from tensorflow_serving.apis import (
     classification_pb2,
@@ -26,15 +30,6 @@ from tensorflow_serving.apis import (
     predict_pb2,
     prediction_service_pb2_grpc,
 )
-from test_client import (
-    F,
-    models,
-    oracle,
-    server,
-)
-
-# Fixtures; named here so that they count as used.
-__all__ = ["models", "server"]
 
 Code = grpc.StatusCode
 MAX_BYTES = 100_000
