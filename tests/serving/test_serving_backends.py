@@ -138,6 +138,8 @@ def test_running_server_reads_copies(exported, tmp_path, monkeypatch):
             with served({"double": exported}) as backend:
                 assert backend.server is None
                 assert backend.models == {"double": base}
+                # The server may have looked between the copies of the two versions.
+                wait_for(lambda b=backend: states(b, "double").get(2) == "AVAILABLE")
                 assert_serves(backend, 4.0, 2)
             assert not list(base.glob("[0-9]*"))
     assert sorted(path.name for path in exported.iterdir()) == ["1", "2"]
