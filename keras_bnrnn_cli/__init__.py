@@ -37,8 +37,23 @@ def main(argv=None):
         argv: list of str, the arguments; None: those of the process.
 
     Returns:
-        int, the exit status.
+        int, the exit status; 1 if standard output is closed before all of it is read,
+        as `head` does.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits, which must not fail again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return 1
+
+
+def _run(argv):
     parser = argparse.ArgumentParser(
         prog="keras-bnrnn",
         description=(
