@@ -751,8 +751,7 @@ def test_rest_needs_neither_keras_nor_tensorflow(server):
     code = f"""
 import sys
 sys.path.insert(0, {str(SERVING / "client")!r})
-from client_models import F, K, U, connect, oracle, protocols
-from keras_bnrnn_client import ServingClient, grpc_transport
+from keras_bnrnn_client import ServingClient
 with ServingClient("rnn", rest_url={server.url!r}) as client:
     session = client.session()
     print(session.step([[0.0] * {F}])["logits"].shape)
