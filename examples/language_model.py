@@ -38,7 +38,7 @@ try:
     import matplotlib
     import tensorflow_text as tf_text
 
-    from keras_bnrnn.serving import ModelServer
+    from keras_bnrnn.local_server import ModelServer
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

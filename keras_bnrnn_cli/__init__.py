@@ -18,7 +18,7 @@ from keras_bnrnn_cli import arguments
 _COMMANDS = {
     "serve": (
         arguments.serve,
-        "keras_bnrnn.serving.__main__",
+        "keras_bnrnn.local_server.__main__",
         "serve exported models on this machine, for development and tests "
         "(production is TensorFlow Serving)",
     ),
@@ -37,8 +37,23 @@ def main(argv=None):
         argv: list of str, the arguments; None: those of the process.
 
     Returns:
-        int, the exit status.
+        int, the exit status; 1 if standard output is closed before all of it is read,
+        as `head` does.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits, which must not fail again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return 1
+
+
+def _run(argv):
     parser = argparse.ArgumentParser(
         prog="keras-bnrnn",
         description=(
@@ -59,7 +74,7 @@ def main(argv=None):
         with _quiet_import():
             command = importlib.import_module(module)
     except ImportError as error:
-        # The message of `keras_bnrnn.serving` names the extra to install.
+        # The message of `keras_bnrnn.local_server` names the extra to install.
         print(f"error: {error}", file=sys.stderr)
         return 1
     return command.run(parsed)

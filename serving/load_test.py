@@ -8,6 +8,7 @@ mixes up or pads rows wrongly under load is found out.
 import argparse
 import collections
 import json
+import pathlib
 import sys
 import threading
 import time
@@ -15,9 +16,10 @@ import time
 import numpy as np
 
 try:
-    import keras_bnrnn_client as serving_client
-except ImportError:  # from a checkout, where this folder has it under another name
-    import client as serving_client
+    import keras_bnrnn_client
+except ImportError:  # in a checkout that is not installed
+    sys.path.insert(0, str(pathlib.Path(__file__).parent / "client"))
+    import keras_bnrnn_client
 
 # Distinct requests; each is sent many times.
 _REQUESTS = 32
@@ -70,7 +72,7 @@ class _Load:
                 start = time.perf_counter()
                 try:
                     answer = client.predict(self.requests[index], args.signature)
-                except (serving_client.ServingError, ValueError) as error:
+                except (keras_bnrnn_client.ServingError, ValueError) as error:
                     errors[getattr(error, "code", type(error).__name__)] += 1
                     continue
                 latencies.append(time.perf_counter() - start)
@@ -116,7 +118,7 @@ def _run(load, args):
 
 
 def _client(args):
-    return serving_client.ServingClient(
+    return keras_bnrnn_client.ServingClient(
         args.model,
         rest_url=args.url,
         grpc_target=args.grpc,

@@ -130,7 +130,7 @@ def _seed(base_directory):
 
 @contextlib.contextmanager
 def _embedded(models, kwargs):
-    from keras_bnrnn.serving import ModelServer
+    from keras_bnrnn.local_server import ModelServer
 
     kwargs = {"port": 0, "grpc_port": 0, "poll_seconds": 0.1} | kwargs
     with ModelServer(models, **kwargs) as server:

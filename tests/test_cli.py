@@ -177,7 +177,7 @@ def test_the_log_of_an_import_is_hidden(level, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("module", ["starlette", "uvicorn", "prometheus_client"])
 def test_a_missing_extra_is_one_line(module, monkeypatch, capfd):
-    for name in [name for name in sys.modules if "keras_bnrnn.serving" in name]:
+    for name in [name for name in sys.modules if "keras_bnrnn.local_server" in name]:
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -189,6 +189,43 @@ def test_a_missing_extra_is_one_line(module, monkeypatch, capfd):
     assert line.startswith("error: ")
     assert module in line.partition("an import failed: ")[2]
     assert line.endswith("Install them with `pip install 'keras-bnrnn[serving]'`.")
+
+
+# A command that prints as many lines as its `DIR` says.
+PRINTS = """
+import sys, types
+import keras_bnrnn_cli as cli
+
+def run(args):
+    print("line\\n" * int(str(args.directory)))
+    return 0
+
+_, module, _ = cli._COMMANDS["inspect"]
+sys.modules[module] = types.SimpleNamespace(run=run)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    # Output that fits the buffer fails when it is flushed, other output before.
+    [["inspect", "1"], ["inspect", "100000"], ["inspect", "--help"], ["--help"]],
+)
+def test_a_reader_that_leaves_early_ends_it_quietly(arguments, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS, *arguments],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_version_has_one_source():

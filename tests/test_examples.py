@@ -335,7 +335,7 @@ def test_the_language_reference_is_split_by_topic(example):
         ("language_model", "matplotlib"),
         ("language_model", "httpx"),
         ("language_model", "tensorflow_text"),
-        ("language_model", "keras_bnrnn.serving"),
+        ("language_model", "keras_bnrnn.local_server"),
         ("figures", "matplotlib"),
         ("sequential_digits", "sklearn"),
     ],

@@ -169,7 +169,7 @@ def test_bad_lengths(rng, tmp_path):
 def test_client_and_inspection_follow_the_signature(rng, tmp_path, capsys):
     client = pytest.importorskip("keras_bnrnn_client")
     pytest.importorskip("starlette")
-    from keras_bnrnn.serving import ModelServer
+    from keras_bnrnn.local_server import ModelServer
 
     model = model_of("fixed", rng)
     export_saved_model(model, tmp_path / "m")

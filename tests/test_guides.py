@@ -29,8 +29,8 @@ pytest.importorskip("yaml")
 
 import grpc
 import httpx
+from model_service import Models, models_config
 from tensorflow_serving.apis import model_service_pb2_grpc
-from test_deployment import Models, models_config
 
 import keras_bnrnn
 import keras_bnrnn_cli

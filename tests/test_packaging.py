@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_packages(built):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     client = {
-        name.replace("serving/client/", "keras_bnrnn_client/")
+        name.removeprefix("serving/client/")
         for name in expected
         if name.startswith("serving/client/")
     }

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
-from keras_bnrnn.serving import predict
+from keras_bnrnn.local_server import predict
 
 # Only registers its ops, for the models that have some of them.
 with contextlib.suppress(ImportError):

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 
-from keras_bnrnn.serving.server import ModelServer
+from keras_bnrnn.local_server.server import ModelServer
 from keras_bnrnn_cli import arguments
 
 

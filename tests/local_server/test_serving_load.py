@@ -415,7 +415,7 @@ def test_bytes_that_are_no_http_and_clients_that_leave(base):
 
 @embedded_only
 def test_sigterm_waits_for_requests_in_flight(base):
-    command = [sys.executable, "-m", "keras_bnrnn.serving", f"frames={base}"]
+    command = [sys.executable, "-m", "keras_bnrnn.local_server", f"frames={base}"]
     command += ["--port", "0", "--grpc-port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     steps = 500_000

@@ -21,8 +21,8 @@ pytest.importorskip("prometheus_client")
 
 from serving_backends import embedded_only, is_embedded, served  # noqa: E402
 
-from keras_bnrnn.serving import ModelServer  # noqa: E402
-from keras_bnrnn.serving import server as server_module  # noqa: E402
+from keras_bnrnn.local_server import ModelServer  # noqa: E402
+from keras_bnrnn.local_server import server as server_module  # noqa: E402
 
 F, U = 3, 2
 MAX_BYTES = 100_000
@@ -837,13 +837,15 @@ class TestServer:
                 ModelServer({"m": directory})
 
     def test_missing_package_is_named_with_the_cure(self, monkeypatch):
-        for name in [name for name in sys.modules if "keras_bnrnn.serving" in name]:
+        for name in [
+            name for name in sys.modules if "keras_bnrnn.local_server" in name
+        ]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "uvicorn", None)
         with pytest.raises(
             ImportError, match=r"ModelServer.*uvicorn.*keras-bnrnn\[serving\]"
         ):
-            importlib.import_module("keras_bnrnn.serving.server")
+            importlib.import_module("keras_bnrnn.local_server.server")
 
     def test_docstring_example(self):
         runner = doctest.DocTestRunner()
@@ -883,7 +885,7 @@ class TestCommand:
 
 
 def server_main(args):
-    return importlib.import_module("keras_bnrnn.serving.__main__").main(args)
+    return importlib.import_module("keras_bnrnn.local_server.__main__").main(args)
 
 
 def test_status_of_every_tensorflow_error_is_known():

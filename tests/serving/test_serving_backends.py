@@ -22,14 +22,14 @@ from serving_backends import (
 )
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 # It reads the flags of `tensorflow_model_server` that the tests use.
 STAND_IN = """#!{python}
 import argparse, signal, threading
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
@@ -138,6 +138,8 @@ def test_running_server_reads_copies(exported, tmp_path, monkeypatch):
             with served({"double": exported}) as backend:
                 assert backend.server is None
                 assert backend.models == {"double": base}
+                # The server may have looked between the copies of the two versions.
+                wait_for(lambda b=backend: states(b, "double").get(2) == "AVAILABLE")
                 assert_serves(backend, 4.0, 2)
             assert not list(base.glob("[0-9]*"))
     assert sorted(path.name for path in exported.iterdir()) == ["1", "2"]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .client import find_signature
 from .errors import ModelNotFound, SessionExpired, SignatureNotFound
+from .signatures import find_signature
 from .tensors import LENGTHS, Signature
 
 if TYPE_CHECKING:

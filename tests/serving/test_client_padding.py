@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pathlib
 
 import keras
 import numpy as np
@@ -11,25 +12,18 @@ pytest.importorskip("grpc")
 pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 
-from test_client import (
-    SERVING,
+from client_models import (
     F,
     connect,
-    models,
     oracle,
     protocols,
-    server,
-    serving_client,
 )
+from keras_bnrnn_client import ServingClient, Signature, TensorSpec, padding
 
 import keras_bnrnn
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
-# Fixtures; named here so that they count as used.
-__all__ = ["models", "server"]
-
-padding = importlib.import_module(f"{serving_client.__name__}.padding")
-Signature, TensorSpec = serving_client.Signature, serving_client.TensorSpec
+SERVING = pathlib.Path(__file__).parents[2] / "serving"
 
 
 @pytest.fixture(autouse=True)
@@ -250,5 +244,5 @@ def test_arguments(pad_to):
     with pytest.raises(
         ValueError, match=r"`pad_to` must be.*Received: pad_to="
     ) as info:
-        serving_client.ServingClient("m", grpc_target="h:1", pad_to=pad_to)
+        ServingClient("m", grpc_target="h:1", pad_to=pad_to)
     assert str(info.value).endswith(f"pad_to={pad_to!r}")

@@ -22,6 +22,9 @@ pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 
 import grpc
+import keras_bnrnn_client
+from client_models import F, K, U, connect, oracle, protocols
+from keras_bnrnn_client import ServingClient, grpc_transport
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -30,163 +33,14 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
-SERVING = pathlib.Path(__file__).parents[1] / "serving"
-
-try:
-    import keras_bnrnn_client as serving_client
-except ImportError:
-    sys.path.insert(0, str(SERVING))
-    import client as serving_client
-
-ServingClient = serving_client.ServingClient
-F, U, K = 3, 4, 2
+SERVING = pathlib.Path(__file__).parents[2] / "serving"
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Nothing here is Keras', so that no session needs to be cleared."""
-
-
-def weights(version):
-    rng = np.random.default_rng(version)
-    shapes = {"kernel": (F, U), "recurrent_kernel": (U, U), "out": (U, K)}
-    return {name: rng.normal(size=shape) for name, shape in shapes.items()}
-
-
-def oracle(version, x, lengths, h=None):
-    """`h_t = tanh(W x_t + U h_{t-1})`, `y_t = V h_t`, row by row in float64."""
-    w = weights(version)
-    logits = np.zeros([*x.shape[:2], K])
-    last = np.zeros([len(x), U]) if h is None else np.array(h, "float64")
-    for i in range(len(x)):
-        for t in range(lengths[i]):
-            last[i] = np.tanh(x[i, t] @ w["kernel"] + last[i] @ w["recurrent_kernel"])
-            logits[i, t] = last[i] @ w["out"]
-    return logits, last
-
-
-def spec(shape, dtype, name):
-    return tf.TensorSpec(shape, getattr(tf, dtype), name=name)
-
-
-FRAMES, LENGTHS = (
-    spec([None, None, F], "float32", "x"),
-    spec([None], "int32", "lengths"),
-)
-STATES = [spec([None, U], "float32", "rnn_h"), spec([None], "int32", "t")]
-
-
-class Recurrent(tf.Module):
-    """The signatures of an exported causal model, written by hand."""
-
-    def __init__(self, version):
-        super().__init__()
-        for name, value in weights(version).items():
-            setattr(self, name, tf.Variable(value.astype("float32")))
-
-    def run(self, x, lengths, h):
-        mask = tf.sequence_mask(lengths, tf.shape(x)[1])
-        outputs = tf.TensorArray(tf.float32, tf.shape(x)[1])
-        for t in tf.range(tf.shape(x)[1]):
-            m = mask[:, t, None]
-            h = tf.where(m, self.cell(x[:, t], h), h)
-            outputs = outputs.write(t, tf.where(m, h @ self.out, 0.0))
-        return tf.ensure_shape(
-            tf.transpose(outputs.stack(), [1, 0, 2]), [None, None, K]
-        ), h
-
-    def cell(self, x, h):
-        return tf.tanh(x @ self.kernel + h @ self.recurrent_kernel)
-
-    @tf.function(input_signature=[FRAMES, LENGTHS])
-    def serve(self, x, lengths):
-        logits, _ = self.run(x, lengths, tf.zeros([tf.shape(x)[0], U]))
-        return {"logits": logits}
-
-    @tf.function(input_signature=[spec([None, F], "float32", "x"), *STATES])
-    def step(self, x, rnn_h, t):
-        h = self.cell(x, rnn_h)
-        return {"logits": h @ self.out, "rnn_h": h, "t": t + 1}
-
-    @tf.function(input_signature=[FRAMES, LENGTHS, *STATES])
-    def chunk(self, x, lengths, rnn_h, t):
-        logits, h = self.run(x, lengths, rnn_h)
-        return {"logits": logits, "rnn_h": h, "t": t + lengths, "lengths": lengths}
-
-    @tf.function(input_signature=[spec(None, "float32", "x")])
-    def initial_state(self, x):
-        b = tf.shape(x)[0]
-        return {"rnn_h": tf.zeros([b, U]), "t": tf.zeros([b], tf.int32)}
-
-
-class Types(tf.Module):
-    @tf.function(
-        input_signature=[
-            spec([None], "string", "text"),
-            spec([None], "bool", "flag"),
-            spec([None], "int64", "long"),
-            spec([None], "uint8", "byte"),
-            spec([None, 2], "float64", "double"),
-        ]
-    )
-    def kinds(self, text, flag, long, byte, double):
-        return {
-            "text": text,
-            "raw_bytes": tf.strings.join([text, b"\xff"]),
-            "flag": ~flag,
-            "long": long - 1,
-            "byte": byte + tf.constant(1, tf.uint8),
-            "double": double,
-        }
-
-    @tf.function(input_signature=[spec([None], "float32", "x")])
-    def single(self, x):
-        return {"y": tf.sqrt(x)[:, None] + tf.zeros([1, 2])}
-
-    @tf.function(input_signature=[spec([None], "float16", "x")])
-    def half(self, x):
-        return {"y": tf.cast(x, tf.float32) * 2.0}
-
-
-def save_recurrent(directory, version):
-    module = Recurrent(version)
-    names = ["step", "chunk", "initial_state"]
-    signatures = {name: getattr(module, name) for name in names}
-    signatures["serving_default"] = module.serve
-    tf.saved_model.save(module, str(directory / str(version)), signatures)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for version in (1, 2):
-        save_recurrent(root / "rnn", version)
-    module = Types()
-    names = ["kinds", "single", "half"]
-    signatures = {name: getattr(module, name) for name in names}
-    tf.saved_model.save(module, str(root / "types" / "1"), signatures)
-    return {"rnn": root / "rnn", "types": root / "types"}
-
-
-@pytest.fixture(scope="module")
-def server(models):
-    labels = {"rnn": {"stable": 1, "canary": 2}}
-    with ModelServer(
-        models, port=0, grpc_port=0, versions="all", version_labels=labels
-    ) as started:
-        yield started
-
-
-def connect(server, protocol, model="rnn", **kwargs):
-    where = {"rest_url": server.url}
-    if protocol == "grpc":
-        where = {"grpc_target": server.grpc_target}
-    return ServingClient(model, **where, **kwargs)
-
-
-protocols = pytest.mark.parametrize("protocol", ["rest", "grpc"])
 
 
 @protocols
@@ -236,7 +90,7 @@ class TestPredict:
                 outputs = client.predict({"text": [b"\xfe\x00"], **inputs}, "kinds")
                 assert outputs["text"].tolist() == [b"\xfe\x00"]
             else:
-                with pytest.raises(serving_client.InvalidRequest, match="UTF-8"):
+                with pytest.raises(keras_bnrnn_client.InvalidRequest, match="UTF-8"):
                     client.predict({"text": [b"\xfe\x00"], **inputs}, "kinds")
 
     def test_single_empty_and_nan(self, server, protocol):
@@ -251,7 +105,7 @@ class TestPredict:
             if protocol == "grpc":
                 assert client.predict({"x": [1.5]}, "half")["y"].tolist() == [3.0]
             else:
-                with pytest.raises(serving_client.ServingError) as info:
+                with pytest.raises(keras_bnrnn_client.ServingError) as info:
                     client.predict({"x": [1.5]}, "half")
                 assert info.value.code == "UNIMPLEMENTED"
 
@@ -289,7 +143,7 @@ class TestPredict:
         with connect(server, protocol) as client:
             for signature, others in (("serving_default", {}), ("chunk", states)):
                 for lengths in ([4], [4, 3, 2], []):
-                    with pytest.raises(serving_client.InvalidRequest) as info:
+                    with pytest.raises(keras_bnrnn_client.InvalidRequest) as info:
                         client.predict(
                             {"x": x, "lengths": lengths, **others}, signature
                         )
@@ -310,7 +164,7 @@ class TestPredict:
         for which, kind, code, http_status in cases:
             with (
                 connect(server, protocol, **which) as client,
-                pytest.raises(getattr(serving_client, kind)) as info,
+                pytest.raises(getattr(keras_bnrnn_client, kind)) as info,
             ):
                 client.predict(inputs)
             assert type(info.value).__name__ == kind
@@ -322,7 +176,7 @@ class TestPredict:
         with (
             connect(server, protocol) as client,
             pytest.raises(
-                serving_client.SignatureNotFound,
+                keras_bnrnn_client.SignatureNotFound,
                 match=r"Version 2 of model 'rnn' has no signature 'text'.*'chunk'",
             ),
         ):
@@ -330,7 +184,7 @@ class TestPredict:
         # Each row of states is of one row of frames: the server refuses to stretch.
         with (
             connect(server, protocol) as client,
-            pytest.raises(serving_client.ServingError) as info,
+            pytest.raises(keras_bnrnn_client.ServingError) as info,
         ):
             client.predict(
                 {"x": np.zeros([3, F]), "rnn_h": np.zeros([2, U]), "t": [0, 0]}, "step"
@@ -351,7 +205,7 @@ class TestModel:
             "step",
         ]
         step = metadata.signatures["step"]
-        spec = serving_client.TensorSpec
+        spec = keras_bnrnn_client.TensorSpec
         assert dict(step.inputs) == {
             "x": spec("float32", (None, F)),
             "rnn_h": spec("float32", (None, U)),
@@ -362,7 +216,7 @@ class TestModel:
         assert initial.inputs["x"] == spec("float32", None)
 
     def test_status(self, server, protocol):
-        status = serving_client.VersionStatus
+        status = keras_bnrnn_client.VersionStatus
         with connect(server, protocol) as client:
             assert client.status() == [status(2, "AVAILABLE"), status(1, "AVAILABLE")]
         with connect(server, protocol, version=1) as client:
@@ -382,7 +236,7 @@ class TestModel:
                 assert status.error_code != "OK"
                 assert status.error_message
                 with pytest.raises(
-                    serving_client.DeadlineExceeded,
+                    keras_bnrnn_client.DeadlineExceeded,
                     match=r"'types' version 5 was not available within 0.3 s.*END",
                 ):
                     client.wait_until_available(0.3)
@@ -401,7 +255,7 @@ class TestModel:
         timer = threading.Timer(0.5, server.start)
         with client:
             with pytest.raises(
-                serving_client.DeadlineExceeded,
+                keras_bnrnn_client.DeadlineExceeded,
                 match=f"label 'stable' was not available within 0.2 s.*{port}",
             ):
                 client.wait_until_available(0.2)
@@ -481,7 +335,7 @@ class TestSession:
             shutil.copytree(models["rnn"] / "2", tmp_path / "rnn" / "2")
             server.poll()
             with pytest.raises(
-                serving_client.SessionExpired,
+                keras_bnrnn_client.SessionExpired,
                 match=r"Version 1 of model 'rnn'.*no longer served",
             ):
                 session.step(x[:, 1])
@@ -513,7 +367,7 @@ class TestSession:
         with (
             connect(server, protocol, "types") as client,
             pytest.raises(
-                serving_client.SignatureNotFound,
+                keras_bnrnn_client.SignatureNotFound,
                 match=r"no signature 'initial_state'.*causal",
             ),
         ):
@@ -691,7 +545,7 @@ class TestRetries:
         rest_double.actions = [action]
         with (
             ServingClient("m", rest_url=rest_double.url) as client,
-            pytest.raises(serving_client.ServingError) as info,
+            pytest.raises(keras_bnrnn_client.ServingError) as info,
         ):
             client.predict({"x": [1]})
         assert type(info.value).__name__ == kind
@@ -728,22 +582,21 @@ class TestRetries:
         grpc_double.actions = [f"RESOURCE_EXHAUSTED: {details}"] * 9
         with (
             ServingClient("m", grpc_target=grpc_double.target, retries=1) as client,
-            pytest.raises(serving_client.ServingError, match=details) as info,
+            pytest.raises(keras_bnrnn_client.ServingError, match=details) as info,
         ):
             client.predict({"x": [1]})
         assert info.value.code == "RESOURCE_EXHAUSTED"
         assert len(grpc_double.bodies) == 5
 
     def test_grpc_message_that_is_too_large(self, models, monkeypatch):
-        transport = importlib.import_module(f"{serving_client.__name__}.grpc_transport")
         calls = []
-        call = transport._call
+        call = grpc_transport._call
 
         def count(method, request, seconds):
             calls.append(request)
             return call(method, request, seconds)
 
-        monkeypatch.setattr(transport, "_call", count)
+        monkeypatch.setattr(grpc_transport, "_call", count)
         inputs = {"x": np.zeros([1, 10_000, F]), "lengths": [1]}
         with (
             ModelServer(
@@ -754,7 +607,7 @@ class TestRetries:
             client.metadata()
             calls.clear()
             with pytest.raises(
-                serving_client.ServingError, match="message larger than max"
+                keras_bnrnn_client.ServingError, match="message larger than max"
             ) as info:
                 client.predict(inputs)
         assert info.value.code == "RESOURCE_EXHAUSTED"
@@ -784,7 +637,7 @@ class TestRetries:
         grpc_double.actions = [action]
         with (
             ServingClient("m", grpc_target=grpc_double.target) as client,
-            pytest.raises(serving_client.ServingError) as info,
+            pytest.raises(keras_bnrnn_client.ServingError) as info,
         ):
             client.predict({"x": [1]})
         assert type(info.value).__name__ == kind
@@ -797,7 +650,7 @@ class TestRetries:
             rest_double.actions, rest_double.bodies = [503] * 10, []
             with (
                 ServingClient("m", rest_url=rest_double.url, retries=retries) as client,
-                pytest.raises(serving_client.Unavailable, match="error 503"),
+                pytest.raises(keras_bnrnn_client.Unavailable, match="error 503"),
             ):
                 client.predict({"x": [1]})
             assert len(rest_double.bodies) == retries + 1
@@ -809,7 +662,7 @@ class TestRetries:
             client.metadata()
             start = time.monotonic()
             with pytest.raises(
-                serving_client.DeadlineExceeded, match=r"no answer within 0\.\d+ s"
+                keras_bnrnn_client.DeadlineExceeded, match=r"no answer within 0\.\d+ s"
             ) as info:
                 client.predict({"x": [1]}, timeout=0.5)
         assert 0.2 < time.monotonic() - start < 2
@@ -822,7 +675,7 @@ class TestRetries:
         with ServingClient("m", grpc_target=grpc_double.target, timeout=0.5) as client:
             client.metadata()
             start = time.monotonic()
-            with pytest.raises(serving_client.DeadlineExceeded):
+            with pytest.raises(keras_bnrnn_client.DeadlineExceeded):
                 client.predict({"x": [1]})
         assert 0.2 < time.monotonic() - start < 2
 
@@ -833,7 +686,7 @@ class TestRetries:
             where = {"grpc_target": where["rest_url"].removeprefix("http://")}
         with (
             ServingClient("m", **where, retries=1) as client,
-            pytest.raises(serving_client.Unavailable) as info,
+            pytest.raises(keras_bnrnn_client.Unavailable) as info,
         ):
             client.predict({"x": [1]})
         assert info.value.code == "UNAVAILABLE"
@@ -855,7 +708,7 @@ class TestRetries:
         )
         with (
             ServingClient("m", rest_url=rest_double.url) as client,
-            pytest.raises(serving_client.ServingError, match=r"not JSON.*<html>"),
+            pytest.raises(keras_bnrnn_client.ServingError, match=r"not JSON.*<html>"),
         ):
             client.metadata()
 
@@ -882,9 +735,8 @@ def test_arguments():
 
 
 def test_missing_package_is_named_with_the_cure(monkeypatch):
-    package = serving_client.__name__
     for name in list(sys.modules):
-        if name.startswith(package + ".") and name.endswith("_transport"):
+        if name.startswith("keras_bnrnn_client.") and name.endswith("_transport"):
             monkeypatch.delitem(sys.modules, name)
     for module, where, cure in [
         ("httpx", {"rest_url": "http://h"}, "REST.*httpx.*pip install httpx"),
@@ -898,8 +750,8 @@ def test_missing_package_is_named_with_the_cure(monkeypatch):
 def test_rest_needs_neither_keras_nor_tensorflow(server):
     code = f"""
 import sys
-sys.path.insert(0, {str(SERVING)!r})
-from client import ServingClient
+sys.path.insert(0, {str(SERVING / "client")!r})
+from keras_bnrnn_client import ServingClient
 with ServingClient("rnn", rest_url={server.url!r}) as client:
     session = client.session()
     print(session.step([[0.0] * {F}])["logits"].shape)

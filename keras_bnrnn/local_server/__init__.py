@@ -1,5 +1,5 @@
 """A local model server for development; production is TensorFlow Serving."""
 
-from keras_bnrnn.serving.server import ModelServer
+from keras_bnrnn.local_server.server import ModelServer
 
 __all__ = ["ModelServer"]

@@ -28,7 +28,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
 F, U = 3, 2
 MAX_BYTES = 200_000

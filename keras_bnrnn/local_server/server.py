@@ -17,12 +17,12 @@ try:
     from starlette.routing import Route
     from tensorflow_serving.apis import model_pb2
 
-    from keras_bnrnn.serving import grpc_service, rest
-    from keras_bnrnn.serving.metrics import Metrics
-    from keras_bnrnn.serving.versions import Models
+    from keras_bnrnn.local_server import grpc_service, rest
+    from keras_bnrnn.local_server.metrics import Metrics
+    from keras_bnrnn.local_server.versions import Models
 except ImportError as error:
     raise ImportError(
-        "`keras_bnrnn.serving.ModelServer` needs TensorFlow, starlette, uvicorn, "
+        "`keras_bnrnn.local_server.ModelServer` needs TensorFlow, starlette, uvicorn, "
         "prometheus_client and tensorflow-serving-api, and an import failed: "
         f"{error}. Install them with `pip install 'keras-bnrnn[serving]'`."
     ) from error
@@ -247,7 +247,9 @@ class ModelServer:
         self._stopping.clear()
         if self.poll_seconds:
             self._poller = threading.Thread(
-                target=self._poll_often, name="keras_bnrnn.serving.poll", daemon=True
+                target=self._poll_often,
+                name="keras_bnrnn.local_server.poll",
+                daemon=True,
             )
             self._poller.start()
         return self
@@ -296,7 +298,7 @@ class ModelServer:
         self._thread = threading.Thread(
             target=self._server.run,
             kwargs={"sockets": [listener]},
-            name="keras_bnrnn.serving",
+            name="keras_bnrnn.local_server",
             daemon=True,
         )
         self._thread.start()

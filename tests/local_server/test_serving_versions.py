@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_backends import copy_version, embedded_only, served, states, wait_for
 from tensorflow_serving.apis import prediction_log_pb2
 
-from keras_bnrnn.serving import ModelServer
-from keras_bnrnn.serving.servable import Servable
+from keras_bnrnn.local_server import ModelServer
+from keras_bnrnn.local_server.servable import Servable
 
 
 @pytest.fixture(autouse=True)
@@ -271,7 +271,7 @@ class TestFailures:
             loads.append(version)
             return Servable(name, version, directory)
 
-        monkeypatch.setattr("keras_bnrnn.serving.versions.Servable", count)
+        monkeypatch.setattr("keras_bnrnn.local_server.versions.Servable", count)
         with served({"scale": base}, poll_seconds=0) as backend:
             (base / "2").mkdir()
             for _ in range(3):

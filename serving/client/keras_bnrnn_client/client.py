@@ -13,21 +13,18 @@ from .errors import (
     InvalidRequest,
     ModelNotFound,
     ServingError,
-    SignatureNotFound,
     Unavailable,
 )
 from .padding import LENGTHS, check_pad_to, cut, fit_and_pad
 from .retries import Deadline, call_with_retries
-from .tensors import Metadata, Signature, VersionStatus
+from .session import StreamingSession
+from .signatures import DEFAULT_SIGNATURE, find_signature
+from .tensors import Metadata, VersionStatus
 from .transport import Target, Transport
 
 if TYPE_CHECKING:
     import grpc
     import numpy as np
-
-    from .session import StreamingSession
-
-DEFAULT_SIGNATURE = "serving_default"
 
 # Between two looks at a model that is not available yet, in seconds.
 _POLL_SECONDS = 0.2
@@ -224,8 +221,6 @@ class ServingClient:
             SignatureNotFound: if the model has no signatures for streams.
             ServingError: as `predict`.
         """
-        from .session import StreamingSession
-
         return StreamingSession(self, batch_size, timeout=timeout)
 
     def at_version(self, version: int) -> ServingClient:
@@ -309,29 +304,6 @@ class ServingClient:
             f"{last}",
             "DEADLINE_EXCEEDED",
         )
-
-
-def find_signature(metadata: Metadata, name: str, model: str) -> Signature:
-    """Finds a signature of a model.
-
-    Args:
-        metadata: `Metadata` of the model.
-        name: str.
-        model: str, the model's name.
-
-    Returns:
-        `Signature`.
-
-    Raises:
-        SignatureNotFound: if there is none of that name.
-    """
-    if name not in metadata.signatures:
-        raise SignatureNotFound(
-            f"Version {metadata.version} of model {model!r} has no signature {name!r}; "
-            f"it has {sorted(metadata.signatures)}",
-            "INVALID_ARGUMENT",
-        )
-    return metadata.signatures[name]
 
 
 def _make_transport(

@@ -19,9 +19,9 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import predict_pb2
 
-from .client import DEFAULT_SIGNATURE
 from .errors import ServingError
 from .grpc_transport import CHANNEL_OPTIONS, GrpcTransport
+from .signatures import DEFAULT_SIGNATURE
 from .tensors import Signature, dtype_name
 from .transport import Target
 

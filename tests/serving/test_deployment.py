@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import tensorflow as tf
@@ -29,16 +28,12 @@ from google.protobuf import (
     text_format,
     wrappers_pb2,
 )
-from tensorflow_serving.apis import (
-    get_model_status_pb2,
-    model_management_pb2,
-    model_service_pb2_grpc,
-)
-from tensorflow_serving.config import model_server_config_pb2
+from model_service import Models, models_config
+from tensorflow_serving.apis import model_service_pb2_grpc
 
-from keras_bnrnn.serving import ModelServer
+from keras_bnrnn.local_server import ModelServer
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SERVING = ROOT / "serving"
 CONFIG = SERVING / "config"
 
@@ -158,11 +153,6 @@ def read(name):
     return (SERVING / name).read_text()
 
 
-def models_config(text=None):
-    config = model_server_config_pb2.ModelServerConfig()
-    return text_format.Parse(text or read("config/models.config"), config)
-
-
 class TestConfig:
     def test_models(self):
         (model,) = models_config().model_config_list.config
@@ -256,7 +246,6 @@ class TestCompose:
         service = compose["services"]["front"]
         # Not started unless it is asked for.
         assert service["profiles"] == ["front"]
-        assert (SERVING / service["build"]["context"] / "front.py").is_file()
         dockerfile = service["build"]["dockerfile_inline"]
         (package,) = re.findall(r"pip install --no-cache-dir (\S+)\n", dockerfile)
         assert package in (ROOT / "requirements.txt").read_text().split()
@@ -268,7 +257,8 @@ class TestCompose:
         assert (python, option) == ("python", "-m")
         folder, _, name = module.partition(".")
         assert (folder, name) == ("keras_bnrnn_client", "front")
-        assert f"COPY . /srv/{folder}\nWORKDIR /srv\n" in dockerfile
+        assert (SERVING / service["build"]["context"] / folder / "front.py").is_file()
+        assert f"COPY {folder} /srv/{folder}\nWORKDIR /srv\n" in dockerfile
         found = dict(argument.removeprefix("--").split("=") for argument in arguments)
         host, port = found["target"].split(":")
         assert flags(compose["services"][host]["command"])["port"] == port
@@ -499,52 +489,6 @@ class TestProbe:
         assert requests == ["/v1/models/speech"]
 
 
-class Models(model_service_pb2_grpc.ModelServiceServicer):
-    """TensorFlow Serving's rules: what is loaded, and when a label may move."""
-
-    def __init__(self, config, loadable):
-        self.loadable = loadable
-        self.versions = {}
-        self.labels = dict(config.version_labels)
-        self.history = []
-        self.apply(config)
-
-    def apply(self, model):
-        for version in set(model.model_version_policy.specific.versions):
-            # Loading takes a while.
-            self.versions.setdefault(version, time.monotonic() + 0.3)
-        for version in set(self.versions):
-            if version not in model.model_version_policy.specific.versions:
-                del self.versions[version]
-
-    def available(self, version):
-        return (
-            version in self.loadable
-            and self.versions.get(version, float("inf")) < time.monotonic()
-        )
-
-    def HandleReloadConfigRequest(self, request, context):
-        (model,) = request.config.model_config_list.config
-        self.history.append(model)
-        response = model_management_pb2.ReloadConfigResponse()
-        self.apply(model)
-        for label, version in model.version_labels.items():
-            if self.labels.get(label) != version and not self.available(version):
-                response.status.error_code = 9
-                response.status.error_message = f"{label} is not available"
-                return response
-        self.labels = dict(model.version_labels)
-        return response
-
-    def GetModelStatus(self, request, context):
-        assert request.model_spec.name == "speech"
-        response = get_model_status_pb2.GetModelStatusResponse()
-        for version in self.versions:
-            state = 30 if self.available(version) else 20
-            response.model_version_status.add(version=version, state=state)
-        return response
-
-
 class TestRollback:
     @pytest.fixture
     def main(self):
@@ -690,7 +634,7 @@ def test_guides_name_what_there_is(name, capsys):
     if str(SERVING) not in sys.path:
         sys.path.insert(0, str(SERVING))
     known = {"rm", "gpus", "file", "profile"}  # of Docker
-    for module in ("rollback", "load_test", "client.front"):
+    for module in ("rollback", "load_test", "keras_bnrnn_client.front"):
         with pytest.raises(SystemExit):
             importlib.import_module(module).main(["--help"])
         known |= set(re.findall(r"--([\w-]+)", capsys.readouterr().out))

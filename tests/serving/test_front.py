@@ -1,7 +1,6 @@
 """The checking front, before the local server and before a server that counts calls."""
 
 import concurrent.futures
-import importlib
 import re
 import signal
 import subprocess
@@ -17,6 +16,11 @@ pytest.importorskip("tensorflow_serving")
 pytest.importorskip("starlette")
 
 import grpc
+from client_models import (
+    F,
+    oracle,
+)
+from keras_bnrnn_client import ServingClient, front
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -26,19 +30,7 @@ from tensorflow_serving.apis import (
     predict_pb2,
     prediction_service_pb2_grpc,
 )
-from test_client import (
-    SERVING,
-    F,
-    models,
-    oracle,
-    server,
-    serving_client,
-)
 
-# Fixtures; named here so that they count as used.
-__all__ = ["models", "server"]
-
-front = importlib.import_module(f"{serving_client.__name__}.front")
 Code = grpc.StatusCode
 MAX_BYTES = 100_000
 
@@ -334,7 +326,7 @@ def test_client_and_session_before_the_local_server(server, rng):
     frames = rng.normal(size=(2, 6, F)).astype("float32")
     expected, _ = oracle(2, frames, [6, 6])
     made, target = start(server.grpc_target)
-    with serving_client.ServingClient("rnn", grpc_target=target) as client:
+    with ServingClient("rnn", grpc_target=target) as client:
         client.wait_until_available(30)
         outputs = client.predict({"x": frames, "lengths": [6, 6]})
         np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5)
@@ -346,22 +338,15 @@ def test_client_and_session_before_the_local_server(server, rng):
 
 
 def test_command(server):
-    package = serving_client.__name__
-    command = [sys.executable, "-m", f"{package}.front", "--target", server.grpc_target]
-    process = subprocess.Popen(
-        [*command, "--listen", "127.0.0.1:0"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=SERVING,
-    )
+    command = [sys.executable, "-m", "keras_bnrnn_client.front"]
+    command += ["--target", server.grpc_target, "--listen", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
         port = re.fullmatch(
             rf"checking requests on port (\d+) for {server.grpc_target}\n", line
         )[1]
-        with serving_client.ServingClient(
-            "rnn", grpc_target=f"127.0.0.1:{port}"
-        ) as client:
+        with ServingClient("rnn", grpc_target=f"127.0.0.1:{port}") as client:
             inputs = {"x": np.zeros([1, 2, F]), "lengths": [2]}
             assert client.predict(inputs)["logits"].shape == (1, 2, 2)
         process.send_signal(signal.SIGTERM)

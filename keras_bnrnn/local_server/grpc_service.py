@@ -14,7 +14,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from keras_bnrnn.serving import predict
+from keras_bnrnn.local_server import predict
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ def make_server(models, metrics, address, max_request_bytes):
         OSError: if it cannot listen at the address.
     """
     server = grpc.server(
-        concurrent.futures.ThreadPoolExecutor(_THREADS, "keras_bnrnn.serving.grpc"),
+        concurrent.futures.ThreadPoolExecutor(
+            _THREADS, "keras_bnrnn.local_server.grpc"
+        ),
         interceptors=[_Parser()],
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
