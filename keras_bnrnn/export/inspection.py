@@ -2,9 +2,9 @@
 
 import json
 import pathlib
-import re
 import sys
 
+from keras_bnrnn.export.directory import find_versions
 from keras_bnrnn.export.manifest import MANIFEST, describe
 from keras_bnrnn.export.operations import why_not_served
 from keras_bnrnn_cli import arguments
@@ -51,10 +51,9 @@ def inspect_version(directory):
         ValueError: If there is no SavedModel.
     """
     directory = pathlib.Path(directory)
-    versions = []
+    path = directory
     if directory.is_dir() and not (directory / "saved_model.pb").exists():
-        versions = [p for p in directory.iterdir() if re.fullmatch(r"\d+", p.name)]
-    path = max(versions, key=lambda p: int(p.name), default=directory)
+        *_, path = directory, *find_versions(directory).values()
     found = describe(path)
     manifest = {}
     if (path / MANIFEST).exists():

@@ -237,7 +237,7 @@ def _vocabulary(tokenizer):
 
 
 def _require_token_ids(served):
-    shapes = {name: (x.shape, x.dtype) for name, x in served.inputs.items()}
+    shapes = {name: (x.shape, x.dtype) for name, x in served.interface.inputs.items()}
     fits = len(shapes) == 1
     for shape, dtype in shapes.values():
         fits &= len(shape) == 2 and shape[0] is None and tf.as_dtype(dtype).is_integer
@@ -251,14 +251,14 @@ def _require_token_ids(served):
 
 def _language_model_output(served, front_end, causal):
     """Name of the output with the next token's logits, or `None`."""
-    (name, x), size = *served.inputs.items(), front_end.size
+    (name, x), size = *served.interface.inputs.items(), front_end.size
     predict = tf.function(
         lambda ids, lengths: served.predict({name: ids}, lengths), autograph=False
     ).get_concrete_function(
         tf.TensorSpec(x.shape, x.dtype), tf.TensorSpec([x.shape[0]], tf.int32)
     )
     shapes = {n: tuple(y.shape) for n, y in predict.structured_outputs.items()}
-    per_step = dict(zip(served.outputs, served.per_step, strict=True))
+    per_step = served.interface.per_step
     found = [
         n
         for n, shape in shapes.items()
@@ -508,7 +508,7 @@ class _Task(tf.Module):
     )
     def __call__(self, text):
         text = require_shapes({"text": text}, {"text": ["B"]})["text"]
-        ((name, x),) = self._served.inputs.items()
+        ((name, x),) = self._served.interface.inputs.items()
         ids = self.codec.ids(text)
         lengths = tf.cast(ids.row_lengths(), tf.int32)
         if x.shape[1] is None:
@@ -527,7 +527,7 @@ class _LanguageModel:
     """The logits for next tokens, by way of a `ServedModel`."""
 
     def __init__(self, served, output, logits):
-        ((self._input, x),) = served.inputs.items()
+        ((self._input, x),) = served.interface.inputs.items()
         self._dtype = x.dtype
         self._served, self._output, self._logits = served, output, logits
         self.states = served.states

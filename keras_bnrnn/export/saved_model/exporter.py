@@ -1,41 +1,36 @@
-"""`export_saved_model`: a folded model as a version that TensorFlow Serving loads."""
+"""`export_saved_model` writes a folded model as a version for TensorFlow Serving."""
 
-import json
 import os
 import pathlib
-import re
-import shutil
-import socket
-import uuid
 
 import tensorflow as tf
 
-from keras_bnrnn.export.checks import compare, example_requests
+from keras_bnrnn.export.arguments import check_quantize, refuse_stateful
+from keras_bnrnn.export.directory import publish_version, refuse_existing_version
 from keras_bnrnn.export.manifest import write_manifest
 from keras_bnrnn.export.operations import require_stock_operations
-from keras_bnrnn.export.served_model import ServedModel
-from keras_bnrnn.export.signatures import (
-    chunk_function,
-    initial_state_function,
-    serve_function,
-    step_function,
-    why_not_causal,
+from keras_bnrnn.export.saved_model.arguments import (
+    check_directory,
+    check_lengths,
+    check_provenance,
+    check_streaming,
+    check_version,
+    check_xla_warmup,
 )
+from keras_bnrnn.export.saved_model.functions import (
+    SERVE,
+    XLA,
+    all_functions,
+    traced_functions,
+)
+from keras_bnrnn.export.saved_model.requests import example_requests
+from keras_bnrnn.export.saved_model.served_model import ServedModel
+from keras_bnrnn.export.saved_model.verification import compare
+from keras_bnrnn.export.saved_model.weights import halve_weights
+from keras_bnrnn.export.saved_model.xla import check_buckets
 from keras_bnrnn.export.warmup import checked_requests, replay_warmup, write_warmup
-from keras_bnrnn.export.xla import check_buckets, xla_function
 from keras_bnrnn.folding import fold
-from keras_bnrnn.traversal import require_built_graph, sublayers
-
-DEFAULT_SIGNATURE = "serving_default"
-SERVE, XLA, STEP, CHUNK, INITIAL_STATE, TEXT, GENERATE = OWN_SIGNATURES = (
-    "serve",
-    "serve_xla",
-    "step",
-    "chunk",
-    "initial_state",
-    "text",
-    "generate",
-)
+from keras_bnrnn.traversal import require_built_graph
 
 
 def export_saved_model(
@@ -171,28 +166,30 @@ def export_saved_model(
     ['state']
     """
     require_built_graph(model, "`export_saved_model`")
-    _refuse_stateful(model)
-    _check_version(version)
-    _check_options(lengths, streaming, quantize, provenance)
+    refuse_stateful(
+        model,
+        "The signatures `step` and `chunk` then take and return its states. ",
+    )
+    check_version(version)
+    check_lengths(lengths)
+    check_streaming(streaming)
+    check_quantize(quantize)
+    check_provenance(provenance)
     xla_buckets = check_buckets(xla_buckets)
-    _check_xla_warmup(xla_warmup, xla_buckets)
-    if "://" in os.fspath(directory):
-        raise ValueError(
-            "`directory` must be a path of this machine, where a folder can be renamed "
-            f"at once: export, then copy. Received: directory={directory!r}"
-        )
+    check_xla_warmup(xla_warmup, xla_buckets)
+    check_directory(directory)
     directory = pathlib.Path(directory)
     if version is not None:
-        _refuse_existing(directory, version)
+        refuse_existing_version(directory, version)
 
     folded, layers = fold(model, return_report=True)
     served = ServedModel(folded, lengths)
-    functions, reason = _traced(served, streaming)
+    functions, reason = traced_functions(served, streaming)
     halved = None
     if quantize == "float16":
-        halved = served.halve_weights()
-        functions = None  # which were traced with whole weights
-    root, functions = _functions(
+        halved = halve_weights(served)
+        functions = None  # they read the float32 weights
+    root, functions = all_functions(
         served, functions, reason is None, text_front_end, signatures, xla_buckets
     )
     examples = example_requests(served, functions, xla_buckets)
@@ -209,7 +206,7 @@ def export_saved_model(
             root,
             os.fspath(path),
             signatures=functions,
-            # Nobody trains what is served: without the loops of the gradients.
+            # A served model is not trained, so the graph needs no gradients.
             options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
         )
         require_stock_operations(path)
@@ -219,9 +216,7 @@ def export_saved_model(
         checks = compare(
             model, served, loaded.signatures[SERVE], 1e-4 if halved is None else 1e-2
         )
-        checks["warmup_requests"] = (
-            replay_warmup(path, loaded.signatures) if requests else 0
-        )
+        checks["warmup_requests"] = replay_warmup(path, loaded.signatures)
         if not xla_warmup:
             for name, inputs in of_xla:
                 loaded.signatures[name](
@@ -240,204 +235,4 @@ def export_saved_model(
             provenance=provenance,
         )
 
-    return _write_version(directory, version, write)
-
-
-def _traced(served, streaming):
-    """`serve` and `step`, traced; and why the latter is of no use, or `None`."""
-    serve = serve_function(served)
-    serve.get_concrete_function()
-    if streaming is False:
-        return {SERVE: serve}, "`streaming` is False"
-    step = step_function(served)
-    reason = why_not_causal(served, serve, step)
-    if reason is not None and streaming is True:
-        raise ValueError(
-            "`streaming=True` needs a causal model, whose frames can come one by one: "
-            f"{reason}. Received: model={served.model.name!r}"
-        )
-    return {SERVE: serve, STEP: step}, reason
-
-
-def _functions(served, traced, causal, text_front_end, signatures, xla_buckets):
-    """What to save: an object that holds all of it, and the signatures."""
-    if traced is None:
-        traced = {SERVE: serve_function(served), STEP: step_function(served)}
-    functions = {SERVE: traced[SERVE]}
-    if causal:
-        functions[STEP] = traced[STEP]
-        functions[CHUNK] = chunk_function(served)
-        functions[INITIAL_STATE] = initial_state_function(served)
-    if xla_buckets:
-        functions[XLA] = xla_function(served, xla_buckets)
-    root = tf.Module()  # what it holds is saved
-    root.parts = {}
-    if text_front_end is not None:
-        from keras_bnrnn.export.text import text_signatures  # needs the extra `text`
-
-        root.parts.update(text_signatures(served, text_front_end, causal))
-    for name, make in (signatures or {}).items():
-        taken = {*OWN_SIGNATURES, DEFAULT_SIGNATURE}
-        if text_front_end is None:
-            taken -= {TEXT, GENERATE}
-        if name in taken or not str(name).isidentifier():
-            raise ValueError(
-                "A name in `signatures` must be an identifier other than "
-                f"{sorted(taken)}. Received: {name!r}"
-            )
-        root.parts[name] = make(served.predict)
-    for name, part in root.parts.items():
-        functions[name] = getattr(part, "__call__", None)  # noqa: B004
-        if not hasattr(functions[name], "get_concrete_function"):
-            raise ValueError(
-                "A function in `signatures` must return a `tf.Module` whose `__call__` "
-                f"is a `tf.function`. Received: {name!r}, which returned {part!r}"
-            )
-    concrete = {name: f.get_concrete_function() for name, f in functions.items()}
-    root.weights = list(
-        {id(v): v for f in concrete.values() for v in f.graph.variables}.values()
-    )
-    return root, {DEFAULT_SIGNATURE: concrete[SERVE], **concrete}
-
-
-class VersionExistsError(FileExistsError, ValueError):
-    """A version to be exported is there already."""
-
-
-def _refuse_stateful(model):
-    for layer in sublayers(model):
-        if getattr(layer, "stateful", False):
-            raise ValueError(
-                "A stateful layer would carry one request's state into the next: "
-                "rebuild the model with `stateful=False` and set its weights. The "
-                "signatures `step` and `chunk` then take and give its states. "
-                f"Received: layer {layer.name!r} with stateful=True"
-            )
-
-
-def _check_options(lengths, streaming, quantize, provenance):
-    if lengths is not None and not isinstance(lengths, bool):
-        raise ValueError(
-            f"`lengths` must be True, False or None. Received: lengths={lengths!r}"
-        )
-    if streaming not in ("auto", True, False):
-        raise ValueError(
-            "`streaming` must be 'auto', True or False. "
-            f"Received: streaming={streaming!r}"
-        )
-    if quantize not in (None, "float16"):
-        raise ValueError(
-            f"`quantize` must be None or 'float16'. Received: quantize={quantize!r}"
-        )
-    try:
-        json.dumps(provenance)
-        fits = provenance is None or isinstance(provenance, dict)
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            "`provenance` must be a dict that JSON can carry, or None. "
-            f"Received: provenance={provenance!r}"
-        )
-
-
-def _check_xla_warmup(xla_warmup, xla_buckets):
-    if not isinstance(xla_warmup, bool):
-        raise ValueError(
-            f"`xla_warmup` must be True or False. Received: xla_warmup={xla_warmup!r}"
-        )
-    if xla_warmup and not xla_buckets:
-        raise ValueError(
-            "`xla_warmup=True` needs `xla_buckets`. Received: xla_warmup=True, "
-            f"xla_buckets={xla_buckets or None}"
-        )
-
-
-def _check_version(version):
-    if version is not None and (
-        isinstance(version, bool) or not isinstance(version, int) or version < 0
-    ):
-        raise ValueError(
-            "`version` must be a non-negative integer or None. "
-            f"Received: version={version!r}"
-        )
-
-
-def _versions(directory):
-    """The versions in a model's directory, as TensorFlow Serving reads names."""
-    if not directory.is_dir():
-        return []
-    return [int(p.name) for p in directory.iterdir() if re.fullmatch(r"\d+", p.name)]
-
-
-def _refuse_existing(directory, version):
-    if version in _versions(directory):
-        raise VersionExistsError(
-            "`version` is there already and is never overwritten. "
-            f"Received: version={version} with directory={os.fspath(directory)!r}"
-        )
-
-
-def _write_version(directory, version, write):
-    """Has `write(path)` fill a folder of another name, which is then renamed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(directory)
-    unfinished = directory / unfinished_name(os.getpid())
-    try:
-        write(unfinished)
-        _sync(unfinished)
-        while True:
-            chosen = version
-            if chosen is None:
-                chosen = max(_versions(directory), default=0) + 1
-            _refuse_existing(directory, chosen)
-            final = directory / str(chosen)
-            try:
-                unfinished.rename(final)
-                break
-            except OSError:
-                # Another export took the number since it was looked for.
-                if version is not None or not final.exists():
-                    raise
-        _sync_one(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return final
-
-
-def unfinished_name(pid):
-    """A name that no server takes for a version, which tells whose it is."""
-    return f".unfinished-{socket.gethostname()}-{pid}-{uuid.uuid4().hex}"
-
-
-def _remove_unfinished(directory):
-    """Removes what an export left that was killed, on this machine."""
-    pattern = rf"\.unfinished-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{32}}"
-    for path in directory.iterdir():
-        if (match := re.fullmatch(pattern, path.name)) and not _runs(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _sync(folder):
-    for root, _, files in os.walk(folder):
-        for name in files:
-            _sync_one(os.path.join(root, name))
-        _sync_one(root)
-
-
-def _sync_one(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return publish_version(directory, version, write)
