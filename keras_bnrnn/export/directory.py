@@ -3,6 +3,7 @@
 Imports only the standard library, so that a server can use it without Keras.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -172,11 +173,12 @@ def _runs(pid):
 
 
 def _remove(path):
-    """Removes a folder or a file, if it exists."""
+    """Removes a folder or a file, if it exists and this user may."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _sync(path):

@@ -1,4 +1,4 @@
-"""`keras-bnrnn inspect`: what an exported version is, as a table."""
+"""`keras-bnrnn inspect` prints what an exported version holds."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ def main(argv=None):
 
 
 def run(args):
-    """Prints what a SavedModel is.
+    """Prints what a SavedModel holds.
 
     Args:
         args: what `keras_bnrnn_cli.arguments.inspect` parsed.

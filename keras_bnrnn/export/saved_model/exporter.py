@@ -85,18 +85,18 @@ def export_saved_model(
     half of it. `keras_bnrnn.json` in it records what it is; `keras-bnrnn inspect
     <directory>` prints that.
 
-    Inputs have the names of the `keras.Input`s, outputs those of the layers that they
-    come from, numbered where a layer gives several; for a model of dicts, their keys.
-    A single input that was given no name is called `inputs`. The lengths are those of
-    every input with timesteps (whose T is free, if there are such): a request with
-    `lengths` in which these differ in T fails.
+    Inputs have the names of the `keras.Input`s, outputs those of the layers that make
+    them, numbered if a layer makes several; if the model takes or returns dicts, the
+    names are the keys. A single input without a name is called `inputs`. The lengths
+    are those of every input with timesteps (of those whose T is free, if there are
+    such): a request with `lengths` in which these differ in T fails.
 
-    A mask reaches a layer as it does in Keras, only that `Embedding` and `Masking`
-    join theirs to that of the lengths. Past a layer which destroys masks
-    (`Conv1D`, for one), padding counts as frames of what that layer makes of zeros.
-    A layer of `go_backwards` and `return_sequences` outside `Bidirectional` hands
-    sequences on with the padding in front, which Keras' masks know nothing of: then
-    outputs are not zeroed, and layers above depend on how much padding there is.
+    A mask reaches a layer as it does in Keras; `Embedding` and `Masking` combine their
+    masks with the mask of the lengths. Past a layer that destroys masks, such as
+    `Conv1D`, padding counts as frames: the outputs of that layer for zeros. A layer
+    with `go_backwards` and `return_sequences` outside `Bidirectional` returns
+    sequences with the padding first, which Keras' masks do not describe. The outputs of
+    such a model are not zeroed, and layers above depend on the amount of padding.
 
     Args:
         model: A built Sequential or Functional model with an input of shape
