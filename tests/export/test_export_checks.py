@@ -125,8 +125,8 @@ def test_answers_other_than_the_models_are_not_published(rng, tmp_path, monkeypa
     broken = exporter.ServedModel
 
     class Broken(broken):
-        def __init__(self, folded):
-            super().__init__(folded)
+        def __init__(self, *args):
+            super().__init__(*args)
             weights = self.model.get_weights()
             weights[-1] = weights[-1] + np.float32(1e-2)
             self.set_weights(weights)
