@@ -1,10 +1,10 @@
-"""`keras-bnrnn inspect`: what an exported version is, as a table."""
+"""`keras-bnrnn inspect` prints what an exported version holds."""
 
 import json
 import pathlib
-import re
 import sys
 
+from keras_bnrnn.export.directory import find_versions
 from keras_bnrnn.export.manifest import MANIFEST, describe
 from keras_bnrnn.export.operations import why_not_served
 from keras_bnrnn_cli import arguments
@@ -15,7 +15,7 @@ def main(argv=None):
 
 
 def run(args):
-    """Prints what a SavedModel is.
+    """Prints what a SavedModel holds.
 
     Args:
         args: what `keras_bnrnn_cli.arguments.inspect` parsed.
@@ -51,10 +51,9 @@ def inspect_version(directory):
         ValueError: If there is no SavedModel.
     """
     directory = pathlib.Path(directory)
-    versions = []
+    path = directory
     if directory.is_dir() and not (directory / "saved_model.pb").exists():
-        versions = [p for p in directory.iterdir() if re.fullmatch(r"\d+", p.name)]
-    path = max(versions, key=lambda p: int(p.name), default=directory)
+        *_, path = directory, *find_versions(directory).values()
     found = describe(path)
     manifest = {}
     if (path / MANIFEST).exists():

@@ -1,4 +1,4 @@
-"""`keras_bnrnn.json`: what an exported version is and where it comes from."""
+"""Writes `keras_bnrnn.json`, which describes a version and its origin."""
 
 import datetime
 import importlib.metadata
@@ -66,7 +66,7 @@ def write_manifest(
 
 
 def describe(version_directory):
-    """What can be read from any SavedModel: signatures, operations, sizes."""
+    """Reads the signatures, operations and sizes of any SavedModel."""
     version_directory = pathlib.Path(version_directory)
     proto = saved_model_proto(version_directory)
     signatures = {

@@ -1,4 +1,4 @@
-"""The operations of a SavedModel, and those that stock TensorFlow Serving lacks."""
+"""Lists the operations of a SavedModel and those that TensorFlow Serving lacks."""
 
 import collections
 import pathlib

@@ -1,4 +1,4 @@
-"""The check of the shapes of a signature's inputs, as operations of the graph."""
+"""Checks the shapes of a signature's inputs by operations of the graph."""
 
 import tensorflow as tf
 
@@ -7,7 +7,7 @@ def require_shapes(tensors, shapes):
     """Checks the ranks and sizes of tensors when the graph runs.
 
     TensorFlow Serving does not compare a request with the shapes of the signature. A
-    wrong one would broadcast, or fail in the middle of the graph.
+    tensor of a wrong shape would broadcast, or fail in the middle of the graph.
 
     The check costs two operations a tensor and ten more, whatever the ranks.
 

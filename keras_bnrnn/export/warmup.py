@@ -1,9 +1,13 @@
-"""Warm-up requests: what TensorFlow Serving runs before a version is available."""
+"""Writes and reads the requests that TensorFlow Serving runs when it loads a version.
+
+Imports no Keras, so that a server can use it.
+"""
 
 import pathlib
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 WARMUP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
@@ -31,6 +35,42 @@ def write_warmup(version_directory, requests):
             writer.write(log.SerializeToString())
 
 
+def read_warmup(version_directory):
+    """Reads the warm-up requests of a version.
+
+    Args:
+        version_directory: Path of the SavedModel.
+
+    Yields:
+        `PredictionLog`s; none if the version has no warm-up requests.
+
+    Raises:
+        tf.errors.DataLossError: If the file is not one of TFRecords.
+        tf.errors.InvalidArgumentError: For a record that is not a `PredictionLog`, or
+            more than 1000 records; in the words of TensorFlow Serving.
+    """
+    path = pathlib.Path(version_directory) / WARMUP_FILE
+    if not path.exists():
+        return
+    for index, record in enumerate(tf.data.TFRecordDataset(str(path))):
+        if index >= MOST_RECORDS:
+            raise tf.errors.InvalidArgumentError(
+                None,
+                None,
+                f"Number of warmup records exceeds the maximum ({MOST_RECORDS}) at "
+                f"{path}",
+            )
+        record = record.numpy()
+        try:
+            yield prediction_log_pb2.PredictionLog.FromString(record)
+        except DecodeError as error:
+            raise tf.errors.InvalidArgumentError(
+                None,
+                None,
+                f"Failed to parse warmup record: {record[:40]!r} from {path}",
+            ) from error
+
+
 def replay_warmup(version_directory, signatures):
     """Runs the warm-up requests of a version, as a server does when it loads it.
 
@@ -41,10 +81,8 @@ def replay_warmup(version_directory, signatures):
     Returns:
         The number of requests that were answered.
     """
-    path = pathlib.Path(version_directory) / WARMUP_FILE
     count = 0
-    for record in tf.data.TFRecordDataset(str(path)):
-        log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
+    for log in read_warmup(version_directory):
         request = log.predict_log.request
         inputs = {
             name: tf.constant(tf.make_ndarray(proto), tf.as_dtype(proto.dtype))
@@ -56,7 +94,7 @@ def replay_warmup(version_directory, signatures):
 
 
 def checked_requests(warmup, functions):
-    """The warm-up requests that a user gave, each of which must fit its signature.
+    """Checks that the warm-up requests of a user fit their signatures.
 
     Args:
         warmup: Dict from signature name to a list of requests, each a dict of arrays;

@@ -1,15 +1,15 @@
-"""The signature that runs programs compiled by XLA, for sizes named in advance."""
+"""Makes the signature `serve_xla`, which XLA compiles for a few sizes."""
 
 import numbers
 
 import tensorflow as tf
 
-from keras_bnrnn.export.served_model import LENGTHS
+from keras_bnrnn.export.names import LENGTHS
 from keras_bnrnn.export.shapes import require_shapes
 
 
 def check_buckets(buckets):
-    """Refuses what is not a list of `(B, T)`; returns them smallest first."""
+    """Checks a list of `(B, T)` and returns it sorted, the smallest first."""
     if buckets is None:
         return []
     whole = isinstance(buckets, (list, tuple)) and all(
@@ -31,19 +31,20 @@ def check_buckets(buckets):
 
 
 def xla_function(served, buckets):
-    """`serve_xla`: as `serve`, padded to a bucket and compiled for it."""
-    for name, x in served.inputs.items():
+    """`serve_xla`: computes as `serve`, padded to a bucket and compiled for it."""
+    interface = served.interface
+    for name, x in interface.inputs.items():
         fixed = [(0, x.shape[0])]
-        if name in served.sequences:
+        if name in interface.sequences:
             fixed.append((1, x.shape[1]))
         if x.dtype == "string" or any(n is not None for _, n in fixed):
             raise ValueError(
                 "`xla_buckets` needs numbers of free batch size and T as inputs. "
                 f"Received: input {name!r} of {x.dtype} and shape {x.shape}"
             )
-    inputs = served.specs()
+    inputs = interface.specs()
     lengths_spec = tf.TensorSpec([None], tf.int32, name=LENGTHS)
-    shapes = {**served.shapes(), LENGTHS: [served.rows]}
+    shapes = {**interface.shapes(), LENGTHS: [interface.rows]}
 
     @tf.function(jit_compile=True, autograph=False)
     def compiled(tensors, lengths):
@@ -51,15 +52,15 @@ def xla_function(served, buckets):
 
     def in_bucket(tensors, lengths, bucket):
         rows, timesteps = bucket
-        first = tensors[served.sequences[0]]
+        first = tensors[interface.sequences[0]]
         batch_size, own_timesteps = tf.shape(first)[0], tf.shape(first)[1]
         padded = {}
         for name, x in tensors.items():
-            sizes = [rows, timesteps] if name in served.sequences else [rows]
+            sizes = [rows, timesteps] if name in interface.sequences else [rows]
             padded[name] = _padded(x, sizes)
         lengths = tf.clip_by_value(lengths, 0, own_timesteps)
         answers = compiled(padded, _padded(lengths, [rows]))
-        per_step = dict(zip(served.outputs, served.per_step, strict=True))
+        per_step = interface.per_step
         return {
             name: y[:batch_size, :own_timesteps] if per_step[name] else y[:batch_size]
             for name, y in answers.items()
@@ -70,7 +71,7 @@ def xla_function(served, buckets):
         tensors = dict(zip([*inputs, LENGTHS], tensors, strict=True))
         tensors = require_shapes(tensors, shapes)
         lengths = tensors.pop(LENGTHS)
-        shape = tf.shape(tensors[served.sequences[0]])[:2]
+        shape = tf.shape(tensors[interface.sequences[0]])[:2]
         fits = tf.reduce_all(shape <= tf.constant(buckets), axis=1)
         smallest = tf.argmax(tf.concat([fits, [True]], 0), output_type=tf.int32)
         branches = [
@@ -84,7 +85,7 @@ def xla_function(served, buckets):
 
 
 def _padded(x, sizes):
-    """A tensor with zeros behind, so that its first axes have the given sizes."""
+    """Pads a tensor with zeros at the end, to the given sizes of its first axes."""
     behind = [size - tf.shape(x)[axis] for axis, size in enumerate(sizes)]
     behind += [0] * (len(x.shape) - len(sizes))
     padded = tf.pad(x, [[0, n] for n in behind])

@@ -16,9 +16,8 @@ import tensorflow as tf
 from helpers import KINDS, gap, randomize_model
 
 import keras_bnrnn
-from keras_bnrnn.export import formats
-from keras_bnrnn.export.checks import ExportMismatchError
-from keras_bnrnn.export.formats import export_litert, export_onnx
+from keras_bnrnn.export import ExportMismatchError
+from keras_bnrnn.export.formats import conversion, export_litert, export_onnx
 
 layers = keras.layers
 
@@ -347,7 +346,7 @@ def test_a_peephole_layer_is_kept(kind, rng, tmp_path):
 
 def test_wrong_numbers_are_not_published(kind, rng, tmp_path, monkeypatch):
     # Both converters get the loop of Keras' TimeDistributed over a free T wrong.
-    monkeypatch.setattr(formats, "_run_on_all_frames", lambda layer: None)
+    monkeypatch.setattr(conversion, "_run_on_all_frames", lambda layer: None)
     model = sequential(
         rng,
         keras_bnrnn.BNGRU(4, return_sequences=True),

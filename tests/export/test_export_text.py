@@ -17,7 +17,7 @@ import tensorflow_text as tf_text
 from helpers import randomize
 
 import keras_bnrnn
-from keras_bnrnn.export.served_model import ServedModel
+from keras_bnrnn.export.saved_model.served_model import ServedModel
 from keras_bnrnn.export.text import TextFrontEnd, text_signatures
 
 END = "<eos>"

@@ -19,6 +19,7 @@ import keras_bnrnn
 import keras_bnrnn.local_server.server
 from keras_bnrnn import export_saved_model, fold
 from keras_bnrnn.export import VersionExistsError
+from keras_bnrnn.export.saved_model import exporter
 
 layers = keras.layers
 
@@ -30,7 +31,7 @@ def test_docstring_examples(tmp_path):
     names = {n: getattr(keras_bnrnn, n) for n in keras_bnrnn.__all__}
     names |= {"keras": keras, "tf": tf, "tmp": tmp_path}
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
-    for module in (keras_bnrnn.export.saved_model, keras_bnrnn.local_server.server):
+    for module in (exporter, keras_bnrnn.local_server.server):
         (test,) = (t for t in finder.find(module) if t.examples)
         test.globs.update(names)
         assert runner.run(test).failed == 0

@@ -17,7 +17,10 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 import keras_bnrnn
 from keras_bnrnn import export_saved_model, fold
-from keras_bnrnn.export import ExportMismatchError, checks, inspection, operations
+from keras_bnrnn.export import ExportMismatchError, inspection, operations
+from keras_bnrnn.export.directory import unfinished_name
+from keras_bnrnn.export.masks import destroys_masks
+from keras_bnrnn.export.saved_model import exporter, functions
 from keras_bnrnn.export.warmup import WARMUP_FILE
 
 layers = keras.layers
@@ -119,16 +122,16 @@ def test_warmup_that_fails_is_not_published(rng, tmp_path):
 
 def test_answers_other_than_the_models_are_not_published(rng, tmp_path, monkeypatch):
     model = tagger(rng)
-    broken = keras_bnrnn.export.saved_model.ServedModel
+    broken = exporter.ServedModel
 
     class Broken(broken):
-        def __init__(self, folded):
-            super().__init__(folded)
+        def __init__(self, *args):
+            super().__init__(*args)
             weights = self.model.get_weights()
             weights[-1] = weights[-1] + np.float32(1e-2)
             self.set_weights(weights)
 
-    monkeypatch.setattr(keras_bnrnn.export.saved_model, "ServedModel", Broken)
+    monkeypatch.setattr(exporter, "ServedModel", Broken)
     with pytest.raises(ExportMismatchError, match=r"0\.0001.*'tags', which differs"):
         export_saved_model(model, tmp_path / "m")
     assert not list((tmp_path / "m").iterdir())
@@ -416,8 +419,8 @@ def test_serve_xla_is_tried_before_it_is_published(rng, tmp_path, monkeypatch):
 
         return serve_xla
 
-    make = keras_bnrnn.export.saved_model.xla_function
-    monkeypatch.setattr(keras_bnrnn.export.saved_model, "xla_function", broken)
+    make = functions.xla_function
+    monkeypatch.setattr(functions, "xla_function", broken)
     with pytest.raises(tf.errors.InvalidArgumentError, match="broken"):
         export_saved_model(recurrent(rng), tmp_path / "m", xla_buckets=[(2, 3)])
     assert not list((tmp_path / "m").iterdir())
@@ -438,11 +441,11 @@ def test_killed_in_the_middle_of_an_export(rng, tmp_path):
         """
         import sys, time
         import keras, keras_bnrnn
-        from keras_bnrnn.export import saved_model
+        from keras_bnrnn.export.saved_model import exporter
         def never_ends(*args, **kwargs):
             print("written", flush=True)
             time.sleep(600)
-        saved_model.write_manifest = never_ends
+        exporter.write_manifest = never_ends
         model = keras.saving.load_model(sys.argv[1])
         keras_bnrnn.export_saved_model(model, sys.argv[2])
         """
@@ -479,7 +482,7 @@ def test_an_export_that_is_still_running_is_left_alone(rng, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
     ) as p:
-        mine = keras_bnrnn.export.saved_model.unfinished_name(p.pid)
+        mine = unfinished_name(p.pid)
         (directory / mine).mkdir(parents=True)
         export_saved_model(tagger(rng), directory)
         assert (directory / mine).exists()
@@ -501,4 +504,4 @@ def test_models_that_take_no_short_sequences(rng, tmp_path):
         path = export_saved_model(model, tmp_path / "m")
     ((_, inputs),) = records(path)
     assert inputs["x"].shape[1] >= 18
-    assert checks.destroys_masks(model) == model.layers[0].name
+    assert destroys_masks(model) == model.layers[0].name

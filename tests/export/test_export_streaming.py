@@ -10,7 +10,11 @@ from helpers import gap, randomize, randomize_model
 
 import keras_bnrnn
 from keras_bnrnn import export_saved_model, fold
-from keras_bnrnn.export.loops import has_served_loop, joins_kernels, served_loop
+from keras_bnrnn.export.saved_model.loops import (
+    has_served_loop,
+    joins_kernels,
+    served_loop,
+)
 
 layers = keras.layers
 

@@ -1,0 +1,27 @@
+"""Checks that `export_saved_model` and the exports of files share."""
+
+from keras_bnrnn.traversal import sublayers
+
+
+def refuse_stateful(model, advice=""):
+    """Raises ValueError if a model has a stateful layer.
+
+    Args:
+        model: A Keras model.
+        advice: str, a further sentence of the message.
+    """
+    for layer in sublayers(model):
+        if getattr(layer, "stateful", False):
+            raise ValueError(
+                "A stateful layer would carry one request's state into the next: "
+                f"rebuild the model with `stateful=False` and set its weights. {advice}"
+                f"Received: layer {layer.name!r} with stateful=True"
+            )
+
+
+def check_quantize(quantize):
+    """Raises ValueError if `quantize` is neither `None` nor `"float16"`."""
+    if quantize not in (None, "float16"):
+        raise ValueError(
+            f"`quantize` must be None or 'float16'. Received: quantize={quantize!r}"
+        )

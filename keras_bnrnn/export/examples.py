@@ -1,0 +1,61 @@
+"""Makes random inputs for a model that is exported."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bnrnn.export.comparison import answers_of
+from keras_bnrnn.traversal import sublayers
+
+
+def example_inputs(model, interface, rows, timesteps, rng):
+    """Random inputs that a model takes.
+
+    Integers are below the `input_dim` of every `Embedding`, and below 2 if the model
+    has none.
+
+    Args:
+        model: A Sequential or Functional model.
+        interface: `Interface` of the model.
+        rows: Int, the batch size.
+        timesteps: Int, T of the sequences whose T is free.
+        rng: `numpy.random.Generator`.
+
+    Returns:
+        Dict from the name of each input to a tensor.
+    """
+    sizes = [
+        layer.input_dim
+        for layer in sublayers(model)
+        if isinstance(layer, keras.layers.Embedding)
+    ]
+    examples = {}
+    for name, x in interface.inputs.items():
+        shape = [rows, *(1 if size is None else size for size in x.shape[1:])]
+        if name in interface.sequences and x.shape[1] is None:
+            shape[1] = timesteps
+        dtype = tf.as_dtype(x.dtype)
+        if dtype.is_floating:
+            value = rng.normal(size=shape)
+        elif dtype == tf.string:
+            value = np.full(shape, "a")
+        elif dtype == tf.bool:
+            value = rng.integers(0, 2, shape) == 1
+        else:
+            value = rng.integers(0, min(sizes, default=2), shape)
+        examples[name] = tf.constant(value, dtype)
+    return examples
+
+
+def shortest_timesteps(model, interface):
+    """The smallest T of 1, 16, 128 and 1024 that a model takes; 1 if it takes none."""
+    rng = np.random.default_rng(0)
+    rows = interface.batch_size or 1
+    for timesteps in (1, 16, 128, 1024):
+        inputs = example_inputs(model, interface, rows, timesteps, rng)
+        try:
+            answers_of(model, inputs)
+        except (tf.errors.OpError, ValueError, ZeroDivisionError):
+            continue  # convolutions and pooling want more
+        return timesteps
+    return 1

@@ -1,0 +1,74 @@
+"""Checks the arguments of `export_litert` and `export_onnx`."""
+
+import importlib
+import os
+import pathlib
+
+from keras_bnrnn.export.arguments import refuse_stateful
+from keras_bnrnn.export.directory import refuse_existing_file
+from keras_bnrnn.traversal import require_built_graph, sublayers
+
+
+def require_extra(function, extra, modules):
+    """Raises ImportError if a module cannot be imported.
+
+    Args:
+        function: The name of the function that needs the modules.
+        extra: The extra of this package that installs them.
+        modules: List of str.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"`{function}` needs `{module.partition('.')[0]}`, and its import "
+                f"failed: {error}. Install it with "
+                f"`pip install 'keras-bnrnn[{extra}]'`."
+            ) from error
+
+
+def require_float32_graph(model, purpose):
+    """Raises ValueError for a model that the formats cannot hold.
+
+    A model must be built, Sequential or Functional, not stateful, and in float32.
+    """
+    require_built_graph(model, purpose)
+    refuse_stateful(model)
+    for layer in sublayers(model):
+        dtype = getattr(layer, "compute_dtype", None)
+        if dtype not in (None, "float32"):
+            raise ValueError(
+                f"`model` must compute in float32 for {purpose}. Received: layer "
+                f"{layer.name!r} with compute_dtype={dtype!r}"
+            )
+
+
+def checked_path(path, suffix, overwrite):
+    """Checks the path of the file to write and returns it as a `pathlib.Path`."""
+    path = pathlib.Path(path)
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(
+            f"`path` must be that of a file and end in {suffix!r}. "
+            f"Received: path={os.fspath(path)!r}"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(
+            "`path` must be in a directory that is there. "
+            f"Received: path={os.fspath(path)!r}"
+        )
+    refuse_existing_file(path, overwrite)
+    return path
+
+
+def checked_tolerance(tolerance, default):
+    """Checks a tolerance and returns it; returns `default` for `None`."""
+    if tolerance is None:
+        return default
+    if isinstance(tolerance, bool) or not (
+        isinstance(tolerance, (int, float)) and tolerance > 0
+    ):
+        raise ValueError(
+            f"`tolerance` must be a positive number. Received: tolerance={tolerance!r}"
+        )
+    return tolerance

@@ -1,0 +1,35 @@
+"""Compares a file with its model before the file is published."""
+
+import keras
+import numpy as np
+
+from keras_bnrnn.export.comparison import answers_of, gap, require_small
+from keras_bnrnn.export.examples import example_inputs, shortest_timesteps
+
+
+def compare(model, interface, answers, tolerance, batches):
+    """Compares the answers of a file on random sequences with those of its model.
+
+    Args:
+        model: The model that was exported.
+        interface: `Interface` of it.
+        answers: Function from a dict of arrays to a dict of arrays, by the file.
+        tolerance: The largest difference that passes, relative to the largest output
+            if that exceeds 1.
+        batches: Four batch sizes.
+
+    Raises:
+        ExportMismatchError: If an answer differs by more.
+    """
+    rng = np.random.default_rng(1)
+    fewest = shortest_timesteps(model, interface)
+    timesteps = [fewest + extra for extra in (8, 0, 3, 8)]
+    for batch_size, count in zip(batches, timesteps, strict=True):
+        inputs = example_inputs(model, interface, batch_size, count, rng)
+        found = answers({name: x.numpy() for name, x in inputs.items()})
+        expected = answers_of(model, inputs)
+        gaps = {
+            name: gap(keras.ops.convert_to_numpy(y), found[name])
+            for name, y in zip(interface.per_step, expected, strict=True)
+        }
+        require_small(gaps, tolerance, "file")

@@ -1,0 +1,102 @@
+"""Makes the functions that `export_saved_model` saves as signatures."""
+
+import tensorflow as tf
+
+from keras_bnrnn.export.saved_model.causality import why_not_causal
+from keras_bnrnn.export.saved_model.signatures import (
+    chunk_function,
+    initial_state_function,
+    serve_function,
+    step_function,
+)
+from keras_bnrnn.export.saved_model.xla import xla_function
+from keras_bnrnn.export.text import text_signatures
+
+DEFAULT_SIGNATURE = "serving_default"
+SERVE, XLA, STEP, CHUNK, INITIAL_STATE, TEXT, GENERATE = OWN_SIGNATURES = (
+    "serve",
+    "serve_xla",
+    "step",
+    "chunk",
+    "initial_state",
+    "text",
+    "generate",
+)
+
+
+def traced_functions(served, streaming):
+    """Traces `serve` and, for streaming, `step`.
+
+    Args:
+        served: `ServedModel`.
+        streaming: The argument of `export_saved_model`.
+
+    Returns:
+        Dict from name to `tf.function`, and the reason why the model is not streamed,
+        or `None`.
+
+    Raises:
+        ValueError: If `streaming` is True and the model is not causal.
+    """
+    serve = serve_function(served)
+    serve.get_concrete_function()
+    if streaming is False:
+        return {SERVE: serve}, "`streaming` is False"
+    step = step_function(served)
+    reason = why_not_causal(served, serve, step)
+    if reason is not None and streaming is True:
+        raise ValueError(
+            "`streaming=True` needs a causal model, whose frames can come one by one: "
+            f"{reason}. Received: model={served.model.name!r}"
+        )
+    return {SERVE: serve, STEP: step}, reason
+
+
+def all_functions(served, traced, causal, text_front_end, signatures, xla_buckets):
+    """Makes the object to save and the functions of its signatures.
+
+    Args:
+        served: `ServedModel`, traced.
+        traced: What `traced_functions` returned, or `None` to make the functions anew.
+        causal: Whether to make the signatures for streaming.
+        text_front_end, signatures, xla_buckets: Arguments of `export_saved_model`.
+
+    Returns:
+        A `tf.Module` that holds all variables, and a dict from the name of each
+        signature to its concrete function.
+    """
+    if traced is None:
+        traced = {SERVE: serve_function(served), STEP: step_function(served)}
+    functions = {SERVE: traced[SERVE]}
+    if causal:
+        functions[STEP] = traced[STEP]
+        functions[CHUNK] = chunk_function(served)
+        functions[INITIAL_STATE] = initial_state_function(served)
+    if xla_buckets:
+        functions[XLA] = xla_function(served, xla_buckets)
+    root = tf.Module()
+    root.parts = {}
+    if text_front_end is not None:
+        root.parts.update(text_signatures(served, text_front_end, causal))
+    for name, make in (signatures or {}).items():
+        taken = {*OWN_SIGNATURES, DEFAULT_SIGNATURE}
+        if text_front_end is None:
+            taken -= {TEXT, GENERATE}
+        if name in taken or not str(name).isidentifier():
+            raise ValueError(
+                "A name in `signatures` must be an identifier other than "
+                f"{sorted(taken)}. Received: {name!r}"
+            )
+        root.parts[name] = make(served.predict)
+    for name, part in root.parts.items():
+        functions[name] = getattr(part, "__call__", None)  # noqa: B004
+        if not hasattr(functions[name], "get_concrete_function"):
+            raise ValueError(
+                "A function in `signatures` must return a `tf.Module` whose `__call__` "
+                f"is a `tf.function`. Received: {name!r}, which returned {part!r}"
+            )
+    concrete = {name: f.get_concrete_function() for name, f in functions.items()}
+    root.weights = list(
+        {id(v): v for f in concrete.values() for v in f.graph.variables}.values()
+    )
+    return root, {DEFAULT_SIGNATURE: concrete[SERVE], **concrete}

@@ -1,0 +1,180 @@
+"""Copies the layers of a folded model and adapts the copies to serving."""
+
+import inspect
+
+import keras
+import tensorflow as tf
+
+from keras_bnrnn.export.saved_model.loops import has_served_loop, served_loop
+from keras_bnrnn.traversal import copy_of, sublayers
+
+MASK_ARGUMENTS = {"mask", "query_mask", "value_mask", "key_mask"}
+
+
+def served_copy(layer, tracing, weights):
+    """Copies a layer for the served graph.
+
+    Args:
+        layer: A layer or an operation of a folded model.
+        tracing: The `Tracing` of the served model.
+        weights: The `ServedWeights` of the served model.
+
+    Returns:
+        A new layer; an operation is returned as it is.
+    """
+    clone = copy_of(layer)
+    if not isinstance(clone, keras.layers.Layer):
+        return clone
+    for part in sublayers(clone):
+        if hasattr(part, "use_cudnn"):
+            # Traced where a GPU is visible, it would not load on a CPU server.
+            part.use_cudnn = False
+        if isinstance(part, keras.layers.RNN):
+            _run_served_loop(part, tracing, weights)
+        elif type(part) is keras.layers.TimeDistributed:
+            _run_frames_at_once(part, tracing)
+    if isinstance(clone, keras.layers.Embedding):
+        _pass_mask_on(clone)
+        _look_up_halves(clone, weights)
+    _join_lengths(clone, tracing)
+    return clone
+
+
+def _run_served_loop(layer, tracing, weights):
+    """Has a recurrent layer run the loop for serving, from the states of the call."""
+    own_loop = layer.inner_loop
+
+    def inner_loop(sequences, initial_state, mask, training=False):
+        call = tracing.call
+        if call is None:  # Keras asks for shapes
+            return own_loop(sequences, initial_state, mask, training)
+        lasts = not call.in_frames
+        continues = lasts and call.before is not None
+        if continues:
+            given = call.before[len(call.after)]
+            flat = keras.tree.flatten(initial_state)
+            flat = [tf.cast(x, y.dtype) for x, y in zip(given, flat, strict=True)]
+            initial_state = keras.tree.pack_sequence_as(initial_state, flat)
+        if has_served_loop(layer):
+            mask = None if mask is None else keras.tree.flatten(mask)[0]
+            of_lengths = any(mask is own for own in call.masks)
+            results = served_loop(
+                layer,
+                sequences,
+                initial_state,
+                mask,
+                lengths=call.lengths if of_lengths else None,
+                continues=continues,
+                joined=weights.joined.get(id(layer)),
+                compiled=call.compiled,
+                wants_states=continues or layer.return_state,
+            )
+        else:
+            results = own_loop(sequences, initial_state, mask, training)
+        if lasts:
+            states = keras.tree.flatten(results[2])
+            shapes = [tuple(x.shape[1:]) for x in states]
+            tracing.recurrent.append((layer, shapes))
+            call.after.append(states)
+        return results
+
+    layer.inner_loop = inner_loop
+
+
+def _run_frames_at_once(time_distributed, tracing):
+    """Has a `TimeDistributed` apply its layer to all frames as one batch.
+
+    Keras 3.15 takes the batch size for the number of frames where T is free.
+    """
+
+    def call(inputs, training=None, mask=None):
+        shape = tf.shape(inputs)
+        frames = tf.reshape(inputs, tf.concat([[-1], shape[2:]], 0))
+        frames.set_shape([None, *inputs.shape[2:]])
+        now = tracing.call
+        if now is not None:
+            outer, now.in_frames = now.in_frames, True
+        y = time_distributed.layer(frames, training=False)
+        if now is not None:
+            now.in_frames = outer
+        outputs = tf.reshape(y, tf.concat([shape[:2], tf.shape(y)[1:]], 0))
+        outputs.set_shape([*inputs.shape[:2], *y.shape[1:]])
+        return outputs
+
+    time_distributed.call = call
+
+
+def _pass_mask_on(embedding):
+    """Has an `Embedding` pass on the mask of its ids, which Keras drops."""
+    own_mask = embedding.compute_mask
+
+    def compute_mask(inputs, mask=None):
+        own = own_mask(inputs, mask)
+        if own is None or mask is None:
+            return mask if own is None else own
+        return keras.ops.logical_and(own, mask)
+
+    embedding.compute_mask = compute_mask
+    embedding.supports_masking = True
+
+
+def _look_up_halves(embedding, weights):
+    """Has an `Embedding` read its float16 table and convert only the rows it reads."""
+    call = embedding.call
+
+    def call_with_halves(inputs):
+        half = weights.half(embedding._embeddings)
+        if half is None:
+            return call(inputs)
+        rows = tf.gather(half, tf.cast(inputs, tf.int32))
+        return tf.cast(rows, embedding.compute_dtype)
+
+    embedding.call = call_with_halves
+
+
+def _join_lengths(layer, tracing):
+    """Combines every sequence mask that a layer receives with the mask of `lengths`.
+
+    A Functional model computes the masks of `Masking` and `Embedding` from the values
+    of its inputs alone, by operations that it recorded when it was built.
+    """
+    call = layer.call
+    signature = inspect.signature(call)
+    names = MASK_ARGUMENTS.intersection(signature.parameters)
+    if not names:
+        return
+
+    def join(mask):
+        now = tracing.call
+        if mask is None or len(mask.shape) != 2:
+            return mask
+        if any(mask is own for own in now.masks):
+            return mask
+        if not _comes_from(mask, now.sequences):
+            return mask  # of an input without `lengths`
+        valid = tf.sequence_mask(now.lengths, tf.shape(mask)[1])
+        return tf.logical_and(tf.cast(mask, tf.bool), valid)
+
+    def call_with_lengths(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        if tracing.call is not None and tracing.call.lengths is not None:
+            for name in names.intersection(bound.arguments):
+                mask = bound.arguments[name]
+                bound.arguments[name] = keras.tree.map_structure(join, mask)
+        return call(*bound.args, **bound.kwargs)
+
+    layer.call = call_with_lengths
+
+
+def _comes_from(tensor, sources):
+    """Whether a tensor of a graph is computed from one of `sources`."""
+    wanted = {id(source.op) for source in sources}
+    seen, queue = set(), [tensor.op]
+    while queue:
+        operation = queue.pop()
+        if id(operation) in wanted:
+            return True
+        if id(operation) not in seen:
+            seen.add(id(operation))
+            queue.extend(x.op for x in operation.inputs)
+    return False

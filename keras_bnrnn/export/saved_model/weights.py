@@ -1,0 +1,136 @@
+"""Stores the weights of a served model: joined kernels and float16."""
+
+import contextlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bnrnn.export.saved_model.loops import joins_kernels
+from keras_bnrnn.traversal import sublayers
+
+
+class ServedWeights:
+    """The variables of a served graph that stand for weights of its Keras layers.
+
+    Attributes:
+        joined: Dict from the id of an LSTM layer to a variable (D + U, 4U), its kernel
+            and its recurrent kernel.
+    """
+
+    def __init__(self):
+        self.joined = {}
+        self._halves = {}  # id of a weight -> the weight, and its float16 variable
+
+    def join_kernels(self, model):
+        """Makes the variables of joined kernels for a model's LSTM layers."""
+        for layer in sublayers(model):
+            if joins_kernels(layer) and layer.built:
+                self.joined[id(layer)] = tf.Variable(
+                    _both_kernels(layer), trainable=False, name=layer.name
+                )
+
+    def set(self, model, weights):
+        """Sets the weights of a model, arrays in the order of `model.weights`."""
+        model.set_weights(weights)
+        for layer in sublayers(model):
+            if id(layer) in self.joined:
+                self.joined[id(layer)].assign(_both_kernels(layer))
+
+    def half(self, weight):
+        """The float16 variable of a weight, or `None`."""
+        _, half = self._halves.get(id(weight), (None, None))
+        return half
+
+    def store_halves(self, model, indices):
+        """Stores weights of a model as float16.
+
+        Args:
+            model: The model, whose weights were rounded to float16.
+            indices: The places of these weights in `model.weights`.
+        """
+        for i in indices:
+            variable = model.weights[i]
+            half = keras.ops.convert_to_numpy(variable).astype("float16")
+            half = tf.Variable(half, name=variable.name)
+            self._halves[id(variable)] = (variable, half)
+        for layer in sublayers(model):
+            if id(layer) in self.joined:
+                kernels = [layer.cell.kernel, layer.cell.recurrent_kernel]
+                if all(id(kernel) in self._halves for kernel in kernels):
+                    both = _both_kernels(layer).astype("float16")
+                    self.joined[id(layer)] = tf.Variable(both, name=layer.name)
+                    for kernel in kernels:
+                        del self._halves[id(kernel)]
+
+    def in_use(self):
+        """A context in which Keras layers compute with the float16 variables."""
+        if not self._halves:
+            return contextlib.nullcontext()
+        return keras.StatelessScope(
+            [
+                (variable, tf.cast(half, variable.dtype))
+                for variable, half in self._halves.values()
+            ]
+        )
+
+
+def halve_weights(served, tolerance=1e-3):
+    """Stores as float16 the weights of a model whose rounding changes little.
+
+    Functions that were traced before still read the float32 weights.
+
+    Args:
+        served: `ServedModel`.
+        tolerance: The largest change that rounding one weight may make to the outputs
+            on random sequences, relative to the largest output.
+
+    Returns:
+        Dict of the names of the weights in `"float16"` and in `"float32"`.
+    """
+    weights = served.model.get_weights()
+    halves = _small_changes(served, weights, tolerance)
+    served.set_weights([halves.get(i, weight) for i, weight in enumerate(weights)])
+    served.weights.store_halves(served.model, halves)
+    names = [v.path for v in served.model.weights]
+    return {
+        "float16": [names[i] for i in halves],
+        "float32": [name for i, name in enumerate(names) if i not in halves],
+    }
+
+
+def _small_changes(served, weights, tolerance):
+    """Finds the weights whose rounding to float16 changes outputs little.
+
+    Returns:
+        Dict from the place of each such weight to its rounded array, in float32.
+    """
+    inputs = served.example_inputs(2, 8, np.random.default_rng(2))
+    predict = tf.function(served.predict, autograph=False)
+
+    def outputs(weights):
+        served.set_weights(weights)
+        answers = predict(inputs, None)
+        return [y.numpy() for y in answers.values() if y.dtype.is_floating]
+
+    expected = outputs(weights)
+    halves = {}
+    for i, variable in enumerate(served.model.weights):
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if len(variable.shape) < 2 or dtype != "float32":
+            continue
+        with np.errstate(over="ignore"):
+            half = weights[i].astype("float16").astype("float32")
+        found = outputs([*weights[:i], half, *weights[i + 1 :]])
+        changes = [
+            np.abs(a - b).max(initial=0.0) / max(np.abs(a).max(initial=0.0), 1e-9)
+            for a, b in zip(expected, found, strict=True)
+        ]
+        if np.max(changes, initial=0.0) <= tolerance:
+            halves[i] = half
+    return halves
+
+
+def _both_kernels(layer):
+    kernels = [layer.cell.kernel, layer.cell.recurrent_kernel]
+    return np.concatenate([keras.ops.convert_to_numpy(k) for k in kernels])
