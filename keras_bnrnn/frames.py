@@ -4,9 +4,9 @@ A row's valid frames move to the front, in the direction of the layer. Then t, t
 of a frame, counts the valid frames of its own sequence; a recurrence needs no mask
 inside its loop; and what is computed past the end of a row is dropped.
 
-Indices select rows of flattened tensors (B*T, ...). Moving the frames takes the place of
-the transposition to time-major frames, so it costs little beyond that. Every gradient of
-a move is a move, too.
+Indices select rows of flattened tensors (B*T, ...). Moving the frames replaces the
+transposition to time-major frames, so it costs little more than that. The gradient of a
+move is a move, too.
 """
 
 from keras import ops
@@ -151,7 +151,7 @@ def _moved(x, index, shown, inverse, present, lead=2):
         x: Tensor of shape (N, M, ...), or (N, ...) for an inverse of rank 1.
         index: int32 tensor, for each result the index of its frame in the flat `x`.
         shown: Boolean tensor of the shape of `index` and 1: where results are not 0.
-        inverse: int32 tensor (N, M), for each frame of `x` the flat index of its result.
+        inverse: int32 tensor (N, M), for each frame of `x` the index of its result.
         present: Boolean tensor (N, M, 1): which frames of `x` have a result.
         lead: The rank of `index`.
     """

@@ -133,8 +133,8 @@ class Population:
 
 NONFINITE = (
     "A training batch of layer {name!r} has a mean or variance that is not finite: its "
-    "inputs are NaN, infinite or too large. Such batches are left out of the population "
-    "statistics, and `nonfinite_batches` counts them."
+    "inputs are NaN, infinite or too large. Such batches are left out of the "
+    "population statistics, and `nonfinite_batches` counts them."
 )
 
 SINGLE_ROWS = (

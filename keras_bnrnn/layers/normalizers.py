@@ -43,8 +43,9 @@ class BatchNormalizer(Normalizer):
 
     Args:
         norms: As in `Normalizer`.
-        affine: Dict from each site to its gamma and beta. Default: they are read here,
-            which is wrong inside a loop: its gradient would keep them for each timestep.
+        affine: Dict from each site to its gamma and beta. Default: the normalizer reads
+            them. Inside a loop they must be given: a gradient would keep a variable
+            that is read there for each timestep.
         valid: Boolean tensor (B, 1), or `None`.
     """
 

@@ -168,7 +168,10 @@ def test_it_trains_recalibrates_saves_exports_and_streams(normalize, rng, tmp_pa
     served = tf.saved_model.load(str(tmp_path / "export" / "1"))
     lengths = np.full(4, T, np.int32)
     answer = served.signatures["serve"](
-        **{name: tf.constant(v) for name, v in inputs_of(served, "serve", x[:4], lengths)}
+        **{
+            name: tf.constant(v)
+            for name, v in inputs_of(served, "serve", x[:4], lengths)
+        }
     )
     assert gap(next(iter(answer.values())), model(x[:4])) <= 1e-5
 
