@@ -1,4 +1,4 @@
-"""Checks that `export_saved_model` and the exports of files share."""
+"""Checks arguments for `export_saved_model`, `export_litert` and `export_onnx`."""
 
 from keras_bnrnn.traversal import sublayers
 
@@ -8,7 +8,7 @@ def refuse_stateful(model, advice=""):
 
     Args:
         model: A Keras model.
-        advice: str, a further sentence of the message.
+        advice: str, a sentence to add to the error message.
     """
     for layer in sublayers(model):
         if getattr(layer, "stateful", False):
