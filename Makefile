@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
 demo: $(READY)
 	rm -rf runs/demo
-	$(BIN)/python examples/language_model.py --output-dir runs/demo
+	$(BIN)/python examples/paper/language_model.py --output-dir runs/demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --durations=12
@@ -30,11 +30,11 @@ bench: $(READY)
 # The runs behind docs/experiments.md: some four hours on two cores, each made once;
 # interrupted ones go on. DATA_DIR: a folder with ptb/ and fsdd/, else downloaded.
 experiments: $(READY)
-	$(BIN)/python examples/experiments.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(RUNS)
+	$(BIN)/python examples/paper/experiments.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(RUNS)
 
 # Figures and page from the logs in docs/experiments/.
 figures: $(READY)
-	$(BIN)/python examples/figures.py
+	$(BIN)/python examples/paper/figures.py
 
 # Runs the notebooks of examples/ and writes their outputs into them.
 notebooks: $(READY)

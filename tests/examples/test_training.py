@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples" / "paper"
 DURATIONS = ("seconds", "cpu_seconds")
 COUNT, FEATURES = 12, 3
 

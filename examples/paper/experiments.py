@@ -25,18 +25,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import training
 
 HERE = pathlib.Path(__file__).parent
-LOGS = HERE.parent / "docs" / "experiments"
+LOGS = HERE.parents[1] / "docs" / "experiments"
 PACKAGES = ("tensorflow", "keras", "keras-bnrnn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An example with its arguments.
+    """A program of this folder with its arguments.
 
     Attributes:
         name: Of its log, docs/experiments/NAME.json.
         group: What it belongs to, such as "figure1".
-        script: Of examples/.
+        script: Name of the program, without .py.
         arguments: On its command line, less --output-dir and --data-dir.
         data: The folder in --data-dir that it reads; None: it needs none.
     """
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def command(self):
-        return shlex.join(["python", f"examples/{self.script}.py", *self.arguments])
+        return shlex.join(["python", f"examples/paper/{self.script}.py", *self.arguments])
 
 
 def runs():

@@ -13,13 +13,13 @@ import tensorflow as tf
 
 import keras_bnrnn
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def example():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
+        patch.syspath_prepend(str(ROOT / "examples" / "paper"))
         yield importlib.import_module("language_model")
 
 
@@ -341,12 +341,12 @@ def test_the_language_reference_is_split_by_topic(example):
     ],
 )
 def test_a_missing_package_is_one_line(script, package, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "paper"))
     for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # an import of it raises
     spec = importlib.util.spec_from_file_location(
-        f"{script}_without", ROOT / "examples" / f"{script}.py"
+        f"{script}_without", ROOT / "examples" / "paper" / f"{script}.py"
     )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PARTS = ("train", "dev", "test")
 DURATIONS = ("seconds", "cpu_seconds")
 
@@ -17,7 +17,7 @@ DURATIONS = ("seconds", "cpu_seconds")
 @pytest.fixture(scope="module")
 def example():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
+        patch.syspath_prepend(str(ROOT / "examples" / "paper"))
         yield importlib.import_module("sequential_digits")
 
 

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-DOCS = EXAMPLES.parent / "docs"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples" / "paper"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_runs_are_made_and_published_once(experiments, programs, tmp_path, capsy
     logs = tmp_path / "logs"
     assert {path.name for path in logs.iterdir()} == {"good.json"}
     record = json.loads((logs / "good.json").read_text())
-    assert record["command"] == "python examples/program.py --size small"
+    assert record["command"] == "python examples/paper/program.py --size small"
     assert record["configuration"] == {"data": "data/ptb"}
     assert record["epochs"] == [{"epoch": 1, "loss": 0.333333, "losses": [0.666667]}]
     assert record["results"] == {"test": 5}

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise SystemExit(training.missing(error)) from error
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 COLORS = {"none": "tab:gray", "input": "tab:blue", "joint": "tab:orange"}
 LABELS = {"none": "LSTM", "input": "BNLSTM", "joint": "BNLSTM joint"}
 SIZES = ("small", "medium")
@@ -518,7 +518,7 @@ def section_language(logs):
 LARGE = (
     "The large model would take days on a CPU and has no run here. On a GPU, this "
     "command trains it with and without normalisation, 55 epochs each:\n\n"
-    "```\npython examples/language_model.py --size large --no-export\n```\n\n"
+    "```\npython examples/paper/language_model.py --size large --no-export\n```\n\n"
     "`--size medium` trains the medium model in full."
 )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SPEAKERS = ("ann", "bob", "eve")
 INDICES = (0, 4, 5, 17)
 DURATIONS = ("seconds", "cpu_seconds")
@@ -24,7 +24,7 @@ DURATIONS = ("seconds", "cpu_seconds")
 @pytest.fixture(scope="module")
 def example():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
+        patch.syspath_prepend(str(ROOT / "examples" / "paper"))
         yield importlib.import_module("speech_frames")
 
 
