@@ -5,11 +5,11 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-all lint bench experiments figures notebooks links venv clean
 
-# The language model of examples/ on the Python language reference: trains,
-# recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
+# Trains a language model on the Python language reference, recalibrates, folds,
+# exports and serves it, and sends it text. Output goes to runs/demo.
 demo: $(READY)
 	rm -rf runs/demo
-	$(BIN)/python examples/paper/language_model.py --output-dir runs/demo
+	$(BIN)/python examples/language_model.py --output-dir runs/demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --durations=12
