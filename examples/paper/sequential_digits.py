@@ -1,82 +1,64 @@
-"""Handwritten digits, read pixel by pixel: a long-range test of a recurrent layer.
+"""Classification of handwritten digits, pixel by pixel, by one recurrent layer.
 
-The images come as a sequence, one pixel in [0, 1] at each timestep, row by row from
-the top left; after the last pixel the state of one recurrent layer names the digit.
-By default these are the 1,797 digits of 8 x 8 pixels that scikit-learn ships, 64
-timesteps; with --mnist those of MNIST, 784 timesteps (sequential MNIST). --permute
-puts the pixels in a fixed order by chance, the same for all images (pMNIST).
+A sequence is an image, row by row from the top left, with one pixel in [0, 1] at each
+timestep. The state after the last pixel gives the digit. By default the images are the
+1,797 digits of 8 x 8 pixels that scikit-learn ships (64 timesteps). --mnist uses those
+of MNIST (784 timesteps, sequential MNIST). --permute puts the pixels into one random
+order, the same for all images (pMNIST).
 
-Prints accuracy and loss of training and development images for each epoch, then gives
-a normalised layer the exact population statistics of the training images, and writes
-all of it with the accuracy on the test images to results.json. Restarted after a kill,
-training goes on where it was and ends with the same curve.
+The program prints accuracy and loss of the training and development images for each
+epoch. Then it computes the exact population statistics of the training images, and
+writes all values with the accuracy on the test images to results.json. After a kill, a
+restart continues the run and ends with the same curve.
 
-What a single pixel as the input means for batch normalisation:
+The input has a single feature, which matters for batch normalisation:
 
-- `w x_t` has one mean and one variance for all that a unit sees, so normalised it is
-  the standardised pixel, and of `w` hardly more than the sign is left: gamma learns the
-  scale that `w` had.
-- With --statistics frame each timestep has a mean and a variance of its own. Where a
-  pixel is the same in every image of the batch, 0 at the border for one, the variance
-  is 0: epsilon keeps the division finite, the result is beta, and that timestep tells
-  the layer nothing. Where it is nearly so, the few images that differ come out up to
-  sqrt(batch size) deviations from the mean.
-- Training with --statistics frame takes the mean image away; the development and test
-  images, however, are normalised by one mean and one variance for all timesteps, which
-  does not. The border shows the difference, and their accuracy suffers. It is why the
-  default is --statistics sequence, where both are of all pixels together.
-- --normalize joint is frame-wise whatever --statistics says: its sum with the recurrent
-  term exists one timestep at a time. Its population statistics depend on themselves:
-  they take up to 50 passes over the images, and a warning says if they did not settle.
+- `w x_t` of a unit has one mean and one variance. After normalisation it is the
+  standardised pixel, and little more than the sign of `w` remains: gamma learns the
+  scale.
+- With --statistics frame each timestep has its own mean and variance. A pixel that is
+  equal in all images of the batch, such as a 0 at the border, has variance 0. Epsilon
+  keeps the division finite, the result is beta, and the timestep carries no
+  information. If few images differ, they are up to sqrt(batch size) deviations from
+  the mean.
+- Training with --statistics frame removes the mean image. The development and test
+  images are normalised by one mean and one variance for all timesteps, which does not
+  remove it, and their accuracy suffers. The default is therefore --statistics sequence.
+- --normalize joint is always frame-wise, because the sum with the recurrent term exists
+  one timestep at a time. Its population statistics depend on themselves. They take up
+  to 50 passes over the images, and a warning says if they did not converge.
 """
 
-import argparse
-import json
 import os
-import pathlib
 import sys
-import typing
-import zipfile
-import zlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
-import numpy as np
+import options
 import tensorflow as tf
 import training
+from handwritten_digits import CLASSES, Digits, mnist, permuted, small
 
 import keras_bnrnn
 
-try:
-    import sklearn.datasets
-    import sklearn.model_selection
-except ImportError as error:
-    raise SystemExit(training.missing(error)) from error
-
-CLASSES = 10
-HELD_OUT = 300  # of scikit-learn's digits, for development and as many for the test
-MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
-CLIP_NORM = 1.0  # gradients through hundreds of timesteps explode now and then
+CLIP_NORM = 1.0  # gradients through hundreds of timesteps explode occasionally
 LAYERS = {
     "lstm": (keras.layers.LSTM, keras_bnrnn.BNLSTM),
     "gru": (keras.layers.GRU, keras_bnrnn.BNGRU),
     "simple_rnn": (keras.layers.SimpleRNN, keras_bnrnn.BNSimpleRNN),
 }
+COLUMNS = {
+    "accuracy": "train accuracy",
+    "val_accuracy": "dev accuracy",
+    "loss": "train loss",
+    "val_loss": "dev loss",
+}
 OPTIMIZERS = {"adam": keras.optimizers.Adam, "rmsprop": keras.optimizers.RMSprop}
-NOT_CONFIGURATION = {"output_dir", "data_dir", "epochs"}
-
-
-class Digits(typing.NamedTuple):
-    """Images as sequences, and what they show."""
-
-    pixels: np.ndarray  # (B, T, 1), float32 in [0, 1]
-    labels: np.ndarray  # (B,), int64 in 0..9
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    output = pathlib.Path(arguments.output_dir)
     parts = load(arguments)
     timesteps = parts["train"].pixels.shape[1]
     print(
@@ -93,36 +75,28 @@ def main(argv=None):
         model,
         training_batches(parts["train"], order, arguments.batch_size),
         batches(parts["dev"], arguments.batch_size),
-        folder=output,
+        folder=arguments.output_dir,
         epochs=arguments.epochs,
         seed=arguments.seed,
-        configuration={
-            name: value
-            for name, value in vars(arguments).items()
-            if name not in NOT_CONFIGURATION
-        },
+        configuration=options.configuration(arguments),
         order=order,
         hours=arguments.hours,
     )
-    print_table(rows)
+    training.print_table(rows, COLUMNS, "16.3f")
     results = {"epochs": rows, **evaluate(model, parts, arguments)}
-    path = output / "results.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"Results: {path}")
+    training.write_results(arguments.output_dir, results)
     return 0
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser(__doc__)
     add = parser.add_argument
-    add("--mnist", action="store_true", help="28 x 28 pixels instead of 8 x 8")
+    add("--mnist", action="store_true", help="use MNIST: 28 x 28 pixels")
     add(
         "--data-dir",
         help="folder with mnist.npz, for --mnist (default: downloaded by Keras)",
     )
-    add("--permute", action="store_true", help="pixels in a fixed order by chance")
+    add("--permute", action="store_true", help="put the pixels into a random order")
     add(
         "--layer",
         choices=LAYERS,
@@ -131,48 +105,34 @@ def parse_arguments(argv):
     )
     add(
         "--units",
-        type=training.positive,
+        type=options.positive,
         default=100,
-        help="of that layer (default: 100)",
+        help="units of the layer (default: 100)",
     )
     add(
         "--normalize",
-        choices=("none", "input", "joint"),
+        choices=options.LABELS,
         default="input",
-        help="what is batch-normalised; none: a stock Keras layer (default: input)",
+        help="normalised term; none: a stock Keras layer (default: input)",
     )
-    add(
-        "--statistics",
-        choices=("sequence", "frame"),
-        default="sequence",
-        help="over what a minibatch's mean and variance are taken (default: sequence)",
-    )
+    options.add_statistics(parser, default="sequence")
     add(
         "--optimizer",
         choices=OPTIMIZERS,
         default="adam",
-        help="of Keras, gradients clipped at a global norm of 1 (default: adam)",
+        help="optimizer; it clips gradients at a global norm of 1 (default: adam)",
     )
     add(
         "--learning-rate",
-        type=float,
+        type=options.positive_float,
         default=1e-2,
-        help="constant (default: 0.01)",
+        help="constant learning rate (default: 0.01)",
     )
-    add(
-        "--batch-size",
-        type=training.positive,
-        default=64,
-        help="images (default: 64)",
-    )
-    training.add_arguments(parser, output_dir="runs/sequential_digits", epochs=40)
+    options.add_batch_size(parser, unit="images", default=64)
+    options.add_run(parser, output_dir="runs/sequential_digits", epochs=40)
     arguments = parser.parse_args(argv)
     if arguments.data_dir and not arguments.mnist:
         parser.error(f"--data-dir is for --mnist. Received: {arguments.data_dir}")
-    if not arguments.learning_rate > 0:
-        parser.error(
-            f"--learning-rate: must be above 0. Received: {arguments.learning_rate}"
-        )
     if arguments.smoke:
         arguments.units, arguments.batch_size = 8, 64
         arguments.epochs = min(arguments.epochs, 2)
@@ -180,7 +140,7 @@ def parse_arguments(argv):
 
 
 def load(arguments):
-    """The images that the arguments ask for.
+    """Loads the images that the arguments select.
 
     Returns:
         Dict of `train`, `dev` and `test`, each `Digits`.
@@ -200,117 +160,6 @@ def load(arguments):
             f"Received: {arguments.batch_size}"
         )
     return parts
-
-
-def small(seed):
-    """scikit-learn's digits, split by the seed with the same classes in each part."""
-    digits = sklearn.datasets.load_digits()
-    pixels, labels = sequences(digits.images / 16), digits.target
-
-    def split(rows):
-        return sklearn.model_selection.train_test_split(
-            rows, test_size=HELD_OUT, stratify=labels[rows], random_state=seed
-        )
-
-    rest, test = split(np.arange(len(labels)))
-    train, dev = split(rest)
-    return {
-        part: Digits(pixels[rows], labels[rows])
-        for part, rows in (("train", train), ("dev", dev), ("test", test))
-    }
-
-
-def mnist(data_dir=None):
-    """MNIST; the last sixth of its training images, 10,000, are for development."""
-    train, test = read_mnist(data_dir) if data_dir else download_mnist()
-    (images, labels), dev = train, len(train[1]) // 6
-    return {
-        part: Digits(sequences(images / np.float32(255)), labels.astype("int64"))
-        for part, (images, labels) in (
-            ("train", (images[:-dev], labels[:-dev])),
-            ("dev", (images[-dev:], labels[-dev:])),
-            ("test", test),
-        )
-    }
-
-
-def download_mnist():
-    try:
-        return keras.datasets.mnist.load_data()
-    except Exception as error:  # Keras raises no narrower one
-        raise SystemExit(
-            f"MNIST cannot be downloaded: {error}. Get {MNIST_URL} by other means, "
-            "and name its folder with --data-dir."
-        ) from error
-
-
-def read_mnist(data_dir):
-    """`mnist.npz` of a folder, as `keras.datasets.mnist.load_data()` returns it.
-
-    Raises:
-        SystemExit: If the file or one of its arrays is not as it is published; it
-            says where to get it.
-    """
-    path = pathlib.Path(data_dir) / "mnist.npz"
-
-    def refuse(reason):
-        raise SystemExit(
-            "--data-dir must hold mnist.npz as Keras publishes it: x_train and x_test, "
-            "uint8 of shape (images, 28, 28), with y_train and y_test, integers 0 to 9 "
-            f"of shape (images,). Cannot use {path}: {reason}. Get it from {MNIST_URL}"
-        )
-
-    try:
-        with path.open("rb") as opened:
-            file = np.load(opened)
-            arrays = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        refuse(error)
-    if arrays is None:
-        refuse("it is one array, not an archive of several")
-    for name in ("x_train", "y_train", "x_test", "y_test"):
-        if name not in arrays:
-            found = ", ".join(sorted(arrays)) or "nothing"
-            refuse(f"{name} is missing; it has {found}")
-    for part, least in (("train", 6), ("test", 1)):
-        reason = what_is_wrong(part, arrays[f"x_{part}"], arrays[f"y_{part}"], least)
-        if reason:
-            refuse(reason)
-    return (
-        (arrays["x_train"], arrays["y_train"]),
-        (arrays["x_test"], arrays["y_test"]),
-    )
-
-
-def what_is_wrong(part, images, labels, least):
-    """Why these cannot be MNIST's images and labels, or None."""
-    if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
-        return f"x_{part} is {images.dtype} of shape {images.shape}"
-    if len(images) < least:
-        return f"x_{part} has {len(images)} images"
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        return (
-            f"y_{part} is {labels.dtype} of shape {labels.shape} "
-            f"for {len(images)} images"
-        )
-    if labels.min() < 0 or labels.max() >= CLASSES:
-        return f"y_{part} has values from {labels.min()} to {labels.max()}"
-    return None
-
-
-def sequences(images):
-    """(B, H, W) -> (B, H*W, 1): row by row, from the top left."""
-    return images.reshape(len(images), -1, 1).astype("float32")
-
-
-def permuted(parts, seed):
-    """The same images with their timesteps in another order, one for all of them."""
-    timesteps = parts["train"].pixels.shape[1]
-    order = np.random.default_rng(seed).permutation(timesteps)
-    return {
-        part: digits._replace(pixels=digits.pixels[:, order])
-        for part, digits in parts.items()
-    }
 
 
 def build_model(timesteps, arguments):
@@ -342,16 +191,14 @@ def build_model(timesteps, arguments):
 
 
 def training_batches(digits, order, batch_size):
-    """Batches in the order of the epoch.
+    """Returns batches of the training images in the order of the epoch.
 
-    The rest that fills no batch waits for another epoch: frame-wise statistics of a
-    few images would be noise, and of a single one do not exist.
+    Images that do not fill the last batch are left out of the epoch: frame-wise
+    statistics of few images are noise.
     """
     pixels, labels = (tf.constant(a) for a in digits)
     return (
         order.dataset()
-        # At the end of a data set of unknown size Keras makes one update too many.
-        .apply(tf.data.experimental.assert_cardinality(order.count))
         .batch(batch_size, drop_remainder=True)
         .map(lambda i: (tf.gather(pixels, i), tf.gather(labels, i)))
         .prefetch(2)
@@ -363,7 +210,7 @@ def batches(digits, batch_size):
 
 
 def evaluate(model, parts, arguments):
-    """Losses and accuracies on images not trained on, by exact population statistics.
+    """Evaluates the model with exact population statistics on new images.
 
     Returns:
         Dict of `dev` and `test`, each a dict of `loss` and `accuracy`.
@@ -381,20 +228,6 @@ def evaluate(model, parts, arguments):
             f"loss {results[part]['loss']:.3f}"
         )
     return results
-
-
-def print_table(rows):
-    """`train` is the mean over the epoch, while the weights still changed."""
-    columns = {
-        "accuracy": "train accuracy",
-        "val_accuracy": "dev accuracy",
-        "loss": "train loss",
-        "val_loss": "dev loss",
-    }
-    print("\nepoch" + "".join(f"{title:>16}" for title in columns.values()))
-    for row in rows:
-        print(f"{row['epoch']:5}" + "".join(f"{row[name]:16.3f}" for name in columns))
-    print()
 
 
 if __name__ == "__main__":
