@@ -21,11 +21,11 @@ STATISTICS = {
 
 
 def catching_up(logs):
-    """When the normalised model reaches the baseline's best training value.
+    """Finds when the normalised model reaches the baseline's best training value.
 
     Returns:
-        List of rows of a table, and for each task the ratio of CPU times of each seed,
-        `None` for a seed whose normalised model never gets there.
+        List of rows of a table, and a dict from each task to the ratio of CPU times of
+        each seed. The ratio is `None` if the normalised model never reaches the value.
     """
     tasks = {
         "speech, 5 x 32 each way": (

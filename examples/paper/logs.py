@@ -7,11 +7,11 @@ import statistics
 import run_list
 import run_log
 
-WINDOW = 4  # means; as many as make a noisy curve of text readable
+WINDOW = 4  # number of means to average, so that noisy curves are readable
 
 
 def read_logs(folder):
-    """Dict from name to `Log`, of the listed runs that have a log."""
+    """Returns a dict from name to `Log`, for the runs with a log."""
     logs = {}
     for run in run_list.runs():
         if run_list.is_published(run, folder):
@@ -39,12 +39,12 @@ class Log:
         return min(self[metric])
 
     def reaches(self, metric, value):
-        """The number of the first epoch at which the metric is at most that."""
+        """Returns the first epoch at which the metric is at most `value`, or `None`."""
         epochs = (row["epoch"] for row in self.rows if row[metric] <= value)
         return next((int(epoch) for epoch in epochs), None)
 
     def cpu_seconds(self, epoch):
-        """CPU seconds of training up to the end of an epoch."""
+        """Returns the CPU seconds of training up to the end of an epoch."""
         return sum(row["cpu_seconds"] for row in self.rows if row["epoch"] <= epoch)
 
     @property
@@ -54,7 +54,7 @@ class Log:
 
     @property
     def ends(self):
-        """Epochs from the start to the end of each row: the last may be cut short."""
+        """The end of each row in epochs; the last one may be a fraction."""
         return [row["epoch"] - 1 + row.get("part", 1) for row in self.rows]
 
     def within(self, timesteps):
