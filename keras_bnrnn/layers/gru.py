@@ -239,9 +239,10 @@ class BNGRU(BNRNN):
 
     On a GPU the fused cuDNN kernel runs the recurrence with the folded weights of the
     batch, or of the population, whatever the mask. It needs sequence-wise training
-    statistics, and arguments with which Keras' own layer would take it. In other cases `use_cudnn="auto"` (default) runs the time loop, and `True` raises an
-    error. `False` always runs the time loop. TensorFlow's XLA has no such kernel: on a
-    GPU compile models with `jit_compile=False`, or pass `use_cudnn=False`.
+    statistics, and arguments with which Keras' own layer would take it. In other cases
+    `use_cudnn="auto"` (default) runs the time loop, and `True` raises an error. `False`
+    always runs the time loop. TensorFlow's XLA has no such kernel: on a GPU compile
+    models with `jit_compile=False`, or pass `use_cudnn=False`.
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
