@@ -5,8 +5,8 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-all lint bench experiments figures notebooks links venv clean
 
-# The language model of examples/ on the Python language reference: trains,
-# recalibrates, folds, exports, serves and answers. Output goes to runs/demo.
+# Trains a language model on the Python language reference, recalibrates, folds,
+# exports and serves it, and sends it text. Output goes to runs/demo.
 demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/python examples/language_model.py --output-dir runs/demo
@@ -30,11 +30,11 @@ bench: $(READY)
 # The runs behind docs/experiments.md: some four hours on two cores, each made once;
 # interrupted ones go on. DATA_DIR: a folder with ptb/ and fsdd/, else downloaded.
 experiments: $(READY)
-	$(BIN)/python examples/experiments.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(RUNS)
+	$(BIN)/python examples/paper/experiments.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(RUNS)
 
 # Figures and page from the logs in docs/experiments/.
 figures: $(READY)
-	$(BIN)/python examples/figures.py
+	$(BIN)/python examples/paper/figures.py
 
 # Runs the notebooks of examples/ and writes their outputs into them.
 notebooks: $(READY)

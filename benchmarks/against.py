@@ -20,6 +20,7 @@ import tempfile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LEAST = 0.1  # seconds that a turn takes
 PARTS = ("train", "masked", "infer", "serve")
 
 
@@ -68,19 +69,23 @@ def worker():
 
     import keras_bnrnn
 
-    run = None
+    run, repeats = None, 1
     for line in sys.stdin:
         message = json.loads(line)
         if message == "which":
             answer = str(pathlib.Path(keras_bnrnn.__file__).parent.parent)
         elif message == "run":
             start = time.perf_counter()
-            run()
-            answer = time.perf_counter() - start
+            for _ in range(repeats):
+                run()
+            answer = (time.perf_counter() - start) / repeats
         else:
             run = prepared(*message)
             run()
+            start = time.perf_counter()
             run()
+            # Short steps are repeated: a process that waited has cold caches.
+            repeats = max(1, round(LEAST / (time.perf_counter() - start)))
             answer = None
         print("answer", json.dumps(answer), flush=True)
 

@@ -1,9 +1,9 @@
 """What `keras.layers.RNN(cell)` needs of a cell that learns statistics.
 
 `keras.layers.RNN` tries the first timestep once before its loop, to learn the shapes,
-and repeats it in the loop. It asks for the dropout mask before that, and resets the mask
-at the end. A cell takes these two calls as the start and the end of a sequence, and
-undoes the update that it made in the trial. Keras documents none of this:
+and repeats it in the loop. It asks for the dropout mask before that, and resets the
+mask at the end. A cell takes these two calls as the start and the end of a sequence,
+and undoes the update that it made in the trial. Keras documents none of this:
 `tests/layers/test_keras_rnn.py` fails if Keras changes it.
 """
 

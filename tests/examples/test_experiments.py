@@ -4,28 +4,31 @@ import importlib
 import json
 import pathlib
 import re
+import statistics
 
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-DOCS = EXAMPLES.parent / "docs"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
-def modules():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module("experiments"), importlib.import_module("figures")
+def experiments(paper):
+    return paper("experiments")
 
 
-@pytest.fixture
-def experiments(modules):
-    return modules[0]
+@pytest.fixture(scope="module")
+def figures(paper):
+    return paper("figures")
 
 
-@pytest.fixture
-def figures(modules):
-    return modules[1]
+@pytest.fixture(scope="module")
+def comparisons(paper):
+    return paper("comparisons")
+
+
+@pytest.fixture(scope="module")
+def run_list(paper):
+    return paper("run_list")
 
 
 def row(epoch, loss, seconds=2.0):
@@ -92,13 +95,13 @@ results = {"epochs": [], "test": 5}
 
 
 @pytest.fixture
-def programs(experiments, tmp_path, monkeypatch):
+def programs(experiments, tmp_path, monkeypatch, run_list):
     """Two runs of that program: one that ends and one that fails."""
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.setattr(experiments, "HERE", tmp_path)
 
     def run(name, *arguments):
-        return experiments.Run(name, "group", "program", arguments, "ptb")
+        return run_list.Run(name, "group", "program", arguments, "ptb")
 
     found = [
         run("good", "--size", "small"),
@@ -117,7 +120,9 @@ def start(experiments, tmp_path, *arguments):
     )
 
 
-def test_runs_are_made_and_published_once(experiments, programs, tmp_path, capsys):
+def test_runs_are_made_and_published_once(
+    experiments, programs, tmp_path, capsys, run_list
+):
     assert start(experiments, tmp_path) == 1  # for one fails
     printed = capsys.readouterr()
     assert "2 runs, 2 of them to be made" in printed.out
@@ -126,7 +131,7 @@ def test_runs_are_made_and_published_once(experiments, programs, tmp_path, capsy
     logs = tmp_path / "logs"
     assert {path.name for path in logs.iterdir()} == {"good.json"}
     record = json.loads((logs / "good.json").read_text())
-    assert record["command"] == "python examples/program.py --size small"
+    assert record["command"] == "python examples/paper/program.py --size small"
     assert record["configuration"] == {"data": "data/ptb"}
     assert record["epochs"] == [{"epoch": 1, "loss": 0.333333, "losses": [0.666667]}]
     assert record["results"] == {"test": 5}
@@ -134,7 +139,7 @@ def test_runs_are_made_and_published_once(experiments, programs, tmp_path, capsy
 
     assert start(experiments, tmp_path, "good") == 0
     assert "1 runs, 0 of them to be made" in capsys.readouterr().out
-    programs[0] = experiments.Run("good", "group", "program", ("--size", "large"))
+    programs[0] = run_list.Run("good", "group", "program", ("--size", "large"))
     start(experiments, tmp_path, "--list", "good")
     assert "1 runs, 1 of them to be made" in capsys.readouterr().out
 
@@ -230,12 +235,12 @@ def test_what_is_not_there_is_said(figures, experiments, docs, capsys):
         figures.main(["--docs-dir", str(docs)])
 
 
-def test_a_baseline_that_is_never_met_is_said(figures, experiments, docs):
+def test_a_baseline_that_is_never_met_is_said(figures, experiments, docs, comparisons):
     for run in experiments.runs():
         if run.name.startswith("digits-input"):
             publish(experiments, docs / "experiments", run, [3.0, 2.5])
     logs = figures.read_logs(docs / "experiments")
-    rows, ratios = figures.catching_up(logs)
+    rows, ratios = comparisons.catching_up(logs)
     assert ratios["digits, pixel by pixel"] == [None] * 5
     assert ratios["speech, 5 x 32 each way"] == [0.5, 0.5, 0.5]
     (digits,) = (cells for cells in rows if cells[0].startswith("digits"))
@@ -260,7 +265,9 @@ def test_the_page_is_that_of_its_logs(figures):
             figures.plt.close(figure)
 
 
-def test_recalibration_on_new_speakers_is_said_as_it_came(figures, experiments, docs):
+def test_recalibration_on_new_speakers_is_said_as_it_came(
+    figures, experiments, docs, paper
+):
     def speakers(none, input_, recalibrated):
         """Each a list of three cross-entropies; error rates are a tenth of them."""
 
@@ -276,7 +283,8 @@ def test_recalibration_on_new_speakers_is_said_as_it_came(figures, experiments, 
                     dev=metrics(values[seed]),
                     dev_recalibrated=metrics(recalibrated[seed]),
                 )
-        return figures.section_speakers(figures.read_logs(docs / "experiments"))
+        logs = figures.read_logs(docs / "experiments")
+        return paper("task_sections").section_speakers(logs)
 
     section = speakers([0.7, 0.9, 1.1], [1.0, 1.0, 1.3], [0.8, 0.6, 0.7])
     assert "| 1 | 0.700 / 0.070 | 1.000 / 0.100 | 0.800 / 0.080 |" in section
@@ -382,8 +390,8 @@ def test_verdict_on_the_first_hour(figures, experiments, docs):
         (12, "**contradicted**: not ahead in 12 of 12 settings"),
     ],
 )
-def test_verdict_on_the_grid(behind, expected, figures, experiments, docs):
-    names = [run.name for run in experiments.grid() if run.name.endswith("-input")]
+def test_verdict_on_the_grid(behind, expected, figures, experiments, docs, run_list):
+    names = [run.name for run in run_list.grid() if run.name.endswith("-input")]
     republish(experiments, docs, {name: [3.0, 2.5] for name in names[:behind]})
     verdict, text = verdict_of(figures, docs, "speech, grid of settings", FASTER)
     assert verdict == expected
@@ -462,32 +470,35 @@ def test_the_page_quotes_no_figure_of_the_paper(figures, docs):
     assert "recalled" not in page and "the paper's |" not in page
 
 
-def test_the_guide_has_the_figures_of_the_logs(figures):
+def test_the_guide_has_the_figures_of_the_logs(figures, comparisons):
     """Each figure of docs/when_it_helps.md that an experiment gave."""
     logs = figures.read_logs(DOCS / "experiments")
     guide = " ".join((DOCS / "when_it_helps.md").read_text(encoding="utf-8").split())
 
     def best(prefix, metric):
-        found = figures.seeds(logs, prefix)
-        return figures.statistics.mean(log.best(metric) for log in found)
+        found = comparisons.seeds(logs, prefix)
+        return statistics.mean(log.best(metric) for log in found)
 
     def end(prefix, part="dev"):
-        found = figures.seeds(logs, prefix)
+        found = comparisons.seeds(logs, prefix)
         return [log.results[part]["frame_cross_entropy"] for log in found]
+
+    def best_of_three(task):
+        return comparisons.best_of_three(logs, *comparisons.JOINT[task])
 
     def said(sentence):
         assert sentence in guide
 
-    mean = figures.statistics.mean
+    mean = statistics.mean
     dev = [best(f"speech-{n}", "val_frame_cross_entropy") for n in ("input", "none")]
     said("({:.2f} nats a frame against {:.2f})".format(*dev))
-    _, ratios = figures.catching_up(logs)
+    _, ratios = comparisons.catching_up(logs)
     said(f"in {mean(ratios['speech, 5 x 32 each way']):.2f} of its time")
     digits = ratios["digits, pixel by pixel"]
     said(f"best training loss in {mean(digits):.2f} of the time on average")
     assert sum(ratio < 1 for ratio in digits) == 4
     said("faster in four of five seeds")
-    points = figures.grid_points(logs).values()
+    points = comparisons.grid_points(logs).values()
     said(f"in {sum(bn < none for none, bn in points)} of {len(points)} settings")
     grid = [bn / none for none, bn in points]
     said(f"{min(grid):.2f} to {max(grid):.2f} of that without")
@@ -514,13 +525,13 @@ def test_the_guide_has_the_figures_of_the_logs(figures):
     assert sum(a < n for a, n in zip(after, plain, strict=True)) == 2
     said("(plain: {:.2f}, {:.2f} and {:.2f})".format(*plain))
 
-    _, digits = figures.best_of_three(logs, *figures.JOINT["digits, pixel by pixel"])
+    _, digits = best_of_three("digits, pixel by pixel")
     said(f"({mean(digits['joint']):.2f} nats at best, {mean(digits['none']):.2f} with")
-    _, speech = figures.best_of_three(logs, *figures.JOINT["speech, new strings"])
+    _, speech = best_of_three("speech, new strings")
     speech = {n: mean(values) for n, values in speech.items()}
     said("({joint:.2f} against {none:.2f})".format(**speech))
     said("normalisation alone ({input:.2f})".format(**speech))
-    _, language = figures.best_of_three(logs, *figures.JOINT["language model, small"])
+    _, language = best_of_three("language model, small")
     language = {n: mean(values) for n, values in language.items()}
     said("is {joint:.0f}, against {none:.0f} without".format(**language))
     said("and {input:.0f} with input-to-hidden".format(**language))

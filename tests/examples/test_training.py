@@ -1,6 +1,5 @@
-"""What the examples share: runs that can be killed, and their logs."""
+"""Runs that continue after a kill, and their logs."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -14,16 +13,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+PAPER = pathlib.Path(__file__).parents[2] / "examples" / "paper"
 DURATIONS = ("seconds", "cpu_seconds")
 COUNT, FEATURES = 12, 3
 
 
 @pytest.fixture(scope="module")
-def training():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module("training")
+def training(paper):
+    return paper("training")
+
+
+@pytest.fixture(scope="module")
+def run_log(paper):
+    return paper("run_log")
 
 
 @pytest.fixture
@@ -162,15 +164,15 @@ def test_the_first_backup_may_be_torn_too(fit, tmp_path):
         fit(tmp_path, 2)
 
 
-def test_a_line_that_a_kill_cut_off_is_no_row(fit, training, tmp_path):
+def test_a_line_that_a_kill_cut_off_is_no_row(fit, run_log, tmp_path):
     _, rows = fit(tmp_path, 2)
     log = tmp_path / "log.jsonl"
     line = log.read_text().splitlines()[1]
     log.write_text(log.read_text() + line.replace('"loss": ', '"loss": 9') + "\n")
-    repeated = training.read_log(log)
+    repeated = run_log.read_log(log)
     assert len(repeated) == 2 and repeated[1]["loss"] > 90  # the repetition counts
     log.write_text(log.read_text() + line[:20])
-    assert training.read_log(log) == repeated
+    assert run_log.read_log(log) == repeated
     longer = fit(tmp_path, 3)[1]
     assert [row["epoch"] for row in longer] == [1, 2, 3]
     assert curve(longer[:1]) == curve(rows[:1])
@@ -209,8 +211,8 @@ class Clock:
         self.now += 3600
 
 
-def test_hours_end_a_run_within_an_epoch(fit, training, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "BATCHES_A_MEAN", 1)
+def test_hours_end_a_run_within_an_epoch(fit, run_log, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_log, "BATCHES_A_MEAN", 1)
     whole = fit(tmp_path / "whole", 2)[1]
     wait = Clock(monkeypatch).wait()
     model, rows = fit(tmp_path / "short", 9, [wait], hours=5)
@@ -269,8 +271,9 @@ def test_fewer_epochs_than_there_are_are_refused(fit, tmp_path):
     assert len(fit(tmp_path, 2)[1]) == 2
 
 
-def test_a_killed_program_goes_on(training, tmp_path, rng):
-    """The whole way: SIGKILL in the middle of a program, which is started again."""
+def test_a_killed_program_goes_on(run_log, paper, tmp_path, rng):
+    """A program is killed by SIGKILL within an epoch, and is started again."""
+    language_model = paper("language_model")
     data = tmp_path / "ptb"
     data.mkdir()
     words = [f"w{i}" for i in range(20)]
@@ -278,37 +281,33 @@ def test_a_killed_program_goes_on(training, tmp_path, rng):
         lines = [" ".join(rng.choice(words, 8)) + "\n" for _ in range(sentences)]
         (data / f"ptb.{part}.txt").write_text("".join(lines))
 
-    def start(output):
-        return subprocess.Popen(
-            [
-                *(sys.executable, EXAMPLES / "language_model.py", "--smoke"),
-                *("--size", "small", "--dropout", "0.5", "--normalize", "input"),
-                *("--epochs", "4", "--timesteps", "5", "--no-export"),
-                *("--data-dir", data, "--output-dir", output),
-            ],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-
-    def finish(process):
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors.decode()
-
-    killed = start(tmp_path / "killed")
+    arguments = [
+        *("--smoke", "--size", "small", "--dropout", "0.5", "--normalize", "input"),
+        *("--epochs", "4", "--timesteps", "5", "--no-export"),
+        *("--data-dir", str(data), "--output-dir"),
+    ]
+    killed = subprocess.Popen(
+        [
+            *(sys.executable, PAPER / "language_model.py"),
+            *(*arguments, tmp_path / "killed"),
+        ],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = tmp_path / "killed" / "input" / "log.jsonl"
     until = time.monotonic() + 200
     while not log.exists() or log.read_text().count("\n") < 2:
         assert killed.poll() is None and time.monotonic() < until
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert len(training.read_log(log)) < 4
-    finish(start(tmp_path / "killed"))
-    finish(start(tmp_path / "whole"))
-    rows = training.read_log(tmp_path / "whole" / "input" / "log.jsonl")
+    killed.wait()
+    assert len(run_log.read_log(log)) < 4
+    for run in ("killed", "whole"):
+        assert language_model.main([*arguments, str(tmp_path / run)]) == 0
+    rows = run_log.read_log(tmp_path / "whole" / "input" / "log.jsonl")
     assert len(rows) == 4
-    assert curve(training.read_log(log)) == curve(rows)
+    assert curve(run_log.read_log(log)) == curve(rows)
     results = [
         json.loads((tmp_path / run / "results.json").read_text())
         for run in ("killed", "whole")

@@ -1,24 +1,24 @@
-"""The pixel-by-pixel digits of the examples: their data, a trial run, a restart."""
+"""The pixel-by-pixel digits: data, a trial run, a restart."""
 
-import importlib
 import json
-import pathlib
 
 import keras
 import numpy as np
 import pytest
 import sklearn.datasets
 
-ROOT = pathlib.Path(__file__).parent.parent
 PARTS = ("train", "dev", "test")
 DURATIONS = ("seconds", "cpu_seconds")
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module("sequential_digits")
+def example(paper):
+    return paper("sequential_digits")
+
+
+@pytest.fixture(scope="module")
+def data(paper):
+    return paper("handwritten_digits")
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def in_order(pixels):
     return np.array(sorted(map(tuple, pixels.reshape(len(pixels), -1))))
 
 
-def test_each_digit_is_in_one_part(example):
-    parts = example.small(seed=1)
+def test_each_digit_is_in_one_part(data):
+    parts = data.small(seed=1)
     assert [len(parts[part].labels) for part in PARTS] == [1197, 300, 300]
     together = np.concatenate([parts[part].pixels for part in PARTS])
     images = sklearn.datasets.load_digits().images
     np.testing.assert_array_equal(in_order(together), in_order(images) / 16)
 
 
-def test_each_part_has_its_share_of_each_class(example):
-    parts = example.small(seed=1)
+def test_each_part_has_its_share_of_each_class(data):
+    parts = data.small(seed=1)
     share = np.bincount(sklearn.datasets.load_digits().target) / 1797
     for pixels, labels in parts.values():
         assert len(pixels) == len(labels)
@@ -67,25 +67,25 @@ def test_each_part_has_its_share_of_each_class(example):
         np.testing.assert_allclose(counts, share * len(labels), rtol=0, atol=1.5)
 
 
-def test_the_split_is_by_the_seed(example):
-    one, same, other = (example.small(seed) for seed in (1, 1, 2))
+def test_the_split_is_by_the_seed(data):
+    one, same, other = (data.small(seed) for seed in (1, 1, 2))
     for part in PARTS:
         np.testing.assert_array_equal(one[part].pixels, same[part].pixels)
         np.testing.assert_array_equal(one[part].labels, same[part].labels)
         assert np.any(one[part].pixels != other[part].pixels)
 
 
-def test_pixels_come_row_by_row_and_keep_their_label(example):
+def test_pixels_come_row_by_row_and_keep_their_label(data):
     digits = sklearn.datasets.load_digits()
     numbers = {tuple(image.ravel()): n for n, image in enumerate(digits.images)}
-    pixels, labels = example.small(seed=1)["dev"]
+    pixels, labels = data.small(seed=1)["dev"]
     assert pixels.shape == (300, 64, 1) and pixels.dtype == np.float32
     assert pixels.min() == 0 and pixels.max() == 1
     for sequence, label in zip(pixels, labels, strict=True):
         number = numbers[tuple(sequence[:, 0] * 16)]
         assert digits.target[number] == label
     image = np.arange(12.0).reshape(1, 3, 4)
-    np.testing.assert_array_equal(example.sequences(image)[0, :, 0], np.arange(12))
+    np.testing.assert_array_equal(data.sequences(image)[0, :, 0], np.arange(12))
 
 
 def test_permute_has_one_order_for_all_parts(example):
@@ -103,9 +103,9 @@ def test_permute_has_one_order_for_all_parts(example):
         np.testing.assert_array_equal(permuted[part].pixels, other[part].pixels)
 
 
-def test_mnist_is_read_from_a_folder(example, arrays, tmp_path):
+def test_mnist_is_read_from_a_folder(data, arrays, tmp_path):
     np.savez(tmp_path / "mnist.npz", **arrays)
-    parts = example.mnist(tmp_path)
+    parts = data.mnist(tmp_path)
     images = {
         "train": arrays["x_train"][:20],
         "dev": arrays["x_train"][20:],  # a sixth of 24
@@ -127,35 +127,35 @@ def test_mnist_is_read_from_a_folder(example, arrays, tmp_path):
         np.testing.assert_array_equal(parts[part].labels, labels[part])
 
 
-def test_mnist_is_downloaded_by_keras(example, arrays, monkeypatch):
+def test_mnist_is_downloaded_by_keras(data, arrays, monkeypatch):
     published = (
         (arrays["x_train"], arrays["y_train"]),
         (arrays["x_test"], arrays["y_test"]),
     )
     monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda: published)
-    assert [len(example.mnist()[part].labels) for part in PARTS] == [20, 4, 5]
+    assert [len(data.mnist()[part].labels) for part in PARTS] == [20, 4, 5]
 
     def fail():
         raise Exception("URL fetch failure")
 
     monkeypatch.setattr(keras.datasets.mnist, "load_data", fail)
     with pytest.raises(SystemExit, match=r"URL fetch failure.*npz.*--data-dir"):
-        example.mnist()
+        data.mnist()
 
 
-def test_a_file_that_is_not_there_or_no_archive_is_refused(example, tmp_path):
+def test_a_file_that_is_not_there_or_no_archive_is_refused(data, tmp_path):
     path = tmp_path / "mnist.npz"
     expected = r"(?s)x_train and x_test.*{}: {}.*https://.*mnist.npz"
     with pytest.raises(SystemExit, match=expected.format(path, ".*No such file")):
-        example.mnist(tmp_path)
+        data.mnist(tmp_path)
     for content in (b"", b"PK\x03\x04 cut off", b"text"):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match=expected.format(path, ".+")):
-            example.mnist(tmp_path)
+            data.mnist(tmp_path)
     with path.open("wb") as file:  # an array by itself
         np.save(file, np.zeros(3))
     with pytest.raises(SystemExit, match=expected.format(path, "it is one array")):
-        example.mnist(tmp_path)
+        data.mnist(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,21 +180,21 @@ def test_a_file_that_is_not_there_or_no_archive_is_refused(example, tmp_path):
     ],
 )
 def test_arrays_that_are_not_mnists_are_refused(
-    name, value, found, example, arrays, tmp_path
+    name, value, found, data, arrays, tmp_path
 ):
     arrays[name] = value
     np.savez(
         tmp_path / "mnist.npz", **{k: v for k, v in arrays.items() if v is not None}
     )
     with pytest.raises(SystemExit, match=rf"{tmp_path / 'mnist.npz'}: {found}"):
-        example.mnist(tmp_path)
+        data.mnist(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--data-dir", "data"), "--data-dir is for --mnist. Received: data"),
-        (("--learning-rate", "0"), "--learning-rate: must be above 0. Received: 0.0"),
+        (("--learning-rate", "0"), "--learning-rate: must be above 0. Received: 0"),
         (("--units", "0"), "--units: must be at least 1. Received: 0"),
         (("--layer", "rnn"), "invalid choice: 'rnn'"),
     ],

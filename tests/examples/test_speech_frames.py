@@ -1,12 +1,10 @@
-"""The spoken digits of the examples: their data, their features, a run, a restart.
+"""The frames of spoken digits: data, features, a run, a restart.
 
 The recordings are tones, one frequency for each digit.
 """
 
-import importlib
 import itertools
 import json
-import pathlib
 import wave
 import zipfile
 
@@ -15,17 +13,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-ROOT = pathlib.Path(__file__).parent.parent
 SPEAKERS = ("ann", "bob", "eve")
 INDICES = (0, 4, 5, 17)
 DURATIONS = ("seconds", "cpu_seconds")
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module("speech_frames")
+def example(paper):
+    return paper("speech_frames")
+
+
+@pytest.fixture(scope="module")
+def digits(paper):
+    return paper("spoken_digits")
+
+
+@pytest.fixture(scope="module")
+def splicing(paper):
+    return paper("digit_strings")
 
 
 def frequency(digit):
@@ -76,13 +81,13 @@ def copied(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def recordings(example, folder):
-    return example.read_recordings(folder, partial=True)
+def recordings(digits, folder):
+    return digits.read_recordings(folder, partial=True)
 
 
 @pytest.fixture(scope="module")
-def strings(example, recordings):
-    return example.splice_strings(recordings, 2, np.random.default_rng(3))
+def strings(splicing, recordings):
+    return splicing.splice_strings(recordings, 2, np.random.default_rng(3))
 
 
 def parse(example, folder, output, *arguments):
@@ -98,10 +103,10 @@ def names(recordings):
     return {(r.digit, r.speaker, r.index) for r in recordings}
 
 
-def test_all_recordings_are_read(example, folder, recordings):
+def test_all_recordings_are_read(digits, folder, recordings):
     expected = {(d, s, i) for d in range(10) for s in SPEAKERS for i in INDICES}
     assert len(recordings) == 120 and names(recordings) == expected
-    above = example.read_recordings(folder.parent, partial=True)
+    above = digits.read_recordings(folder.parent, partial=True)
     assert names(above) == expected
     one = recordings[-1]
     assert (one.digit, one.speaker, one.index) == (9, "eve", 5)
@@ -113,20 +118,20 @@ def test_all_recordings_are_read(example, folder, recordings):
     )
 
 
-def test_a_folder_without_the_data_is_refused(example, folder, tmp_path):
+def test_a_folder_without_the_data_is_refused(digits, folder, tmp_path):
     expected = "(?s)--data-dir must hold .*Cannot use {}: {}.*Get it from https://"
     missing = tmp_path / "missing"
     with pytest.raises(SystemExit, match=expected.format(missing, "there is no such")):
-        example.read_recordings(missing)
+        digits.read_recordings(missing)
     for partial in (False, True):
         with pytest.raises(
             SystemExit, match=expected.format(tmp_path, "it has 0 WAV files")
         ):
-            example.read_recordings(tmp_path, partial)
+            digits.read_recordings(tmp_path, partial)
     with pytest.raises(
         SystemExit, match=expected.format(folder, "it has 120 WAV files")
     ):
-        example.read_recordings(folder)
+        digits.read_recordings(folder)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +144,13 @@ def test_a_folder_without_the_data_is_refused(example, folder, tmp_path):
         ("1_ann_1.wav", {"width": 1}, "channels 1, bits 8, sample rate 8000"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(name, options, reason, example, copied):
+def test_a_file_that_does_not_fit_is_refused(name, options, reason, digits, copied):
     write_wav(copied / name, np.zeros(400, "<i2"), **options)
     with pytest.raises(SystemExit, match=f"Cannot use {copied / name}: {reason}"):
-        example.read_recordings(copied, partial=True)
+        digits.read_recordings(copied, partial=True)
 
 
-def test_a_file_that_is_cut_off_is_refused(example, copied):
+def test_a_file_that_is_cut_off_is_refused(digits, copied):
     path = copied / "3_bob_4.wav"
     whole = path.read_bytes()
     for content, reason in (
@@ -156,13 +161,13 @@ def test_a_file_that_is_cut_off_is_refused(example, copied):
     ):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match=f"Cannot use {path}: {reason}. Get it"):
-            example.read_recordings(copied, partial=True)
+            digits.read_recordings(copied, partial=True)
     write_wav(path, np.zeros(0, "<i2"))
     with pytest.raises(SystemExit, match=f"Cannot use {path}: .*for 0 samples"):
-        example.read_recordings(copied, partial=True)
+        digits.read_recordings(copied, partial=True)
 
 
-def test_the_data_set_is_downloaded_once(example, folder, tmp_path, monkeypatch):
+def test_the_data_set_is_downloaded_once(digits, folder, tmp_path, monkeypatch):
     archive = tmp_path / "v1.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in folder.glob("*_ann_*.wav"):
@@ -172,24 +177,24 @@ def test_the_data_set_is_downloaded_once(example, folder, tmp_path, monkeypatch)
     def in_folder(*args, **kwargs):
         return get_file(*args, cache_dir=tmp_path / "keras", **kwargs)
 
-    monkeypatch.setattr(example.keras.utils, "get_file", in_folder)
-    monkeypatch.setattr(example, "URL", archive.as_uri())
-    assert len(example.read_recordings(example.download(), partial=True)) == 40
+    monkeypatch.setattr(keras.utils, "get_file", in_folder)
+    monkeypatch.setattr(digits, "URL", archive.as_uri())
+    assert len(digits.read_recordings(digits.download(), partial=True)) == 40
     archive.unlink()
-    assert len(example.read_recordings(example.download(), partial=True)) == 40
+    assert len(digits.read_recordings(digits.download(), partial=True)) == 40
 
 
-def test_a_download_that_fails_says_what_to_do(example, monkeypatch):
+def test_a_download_that_fails_says_what_to_do(digits, monkeypatch):
     def fail(*args, **kwargs):
         raise Exception("URL fetch failure")
 
-    monkeypatch.setattr(example.keras.utils, "get_file", fail)
+    monkeypatch.setattr(keras.utils, "get_file", fail)
     with pytest.raises(SystemExit, match=r"URL fetch failure.*https://.*--data-dir"):
-        example.download()
+        digits.download()
 
 
-def test_the_official_split(example, recordings):
-    parts = example.split(recordings)
+def test_the_official_split(digits, recordings):
+    parts = digits.split(recordings)
     train, dev = names(parts["train"]), names(parts["dev"])
     assert not train & dev and train | dev == names(recordings)
     assert {index for _, _, index in dev} == {0, 4}
@@ -199,8 +204,8 @@ def test_the_official_split(example, recordings):
 @pytest.mark.parametrize(
     ("held_out", "expected"), [(None, {"bob", "eve"}), (["ann"], {"ann"})]
 )
-def test_no_speaker_is_in_both_parts(held_out, expected, example, recordings):
-    parts = example.split(recordings, held_out, by="speaker")
+def test_no_speaker_is_in_both_parts(held_out, expected, digits, recordings):
+    parts = digits.split(recordings, held_out, by="speaker")
     train, dev = names(parts["train"]), names(parts["dev"])
     assert len(train) + len(dev) == 120 and train | dev == names(recordings)
     assert {speaker for _, speaker, _ in dev} == expected
@@ -208,23 +213,23 @@ def test_no_speaker_is_in_both_parts(held_out, expected, example, recordings):
 
 
 @pytest.mark.parametrize("held_out", [["joe"], ["ann", "joe"], list(SPEAKERS)])
-def test_speakers_to_hold_out_must_be_some(held_out, example, recordings):
+def test_speakers_to_hold_out_must_be_some(held_out, digits, recordings):
     received = f"some, not all, of ann, bob, eve. Received: {' '.join(held_out)}"
     with pytest.raises(SystemExit, match=f"--held-out must be {received}"):
-        example.split(recordings, held_out, by="speaker")
+        digits.split(recordings, held_out, by="speaker")
 
 
-def test_a_part_without_a_recording_is_refused(example, recordings):
+def test_a_part_without_a_recording_is_refused(digits, recordings):
     late = [r for r in recordings if r.index >= 5]
     with pytest.raises(SystemExit, match=r"--split official.*the part 'dev' of the 60"):
-        example.split(late)
+        digits.split(late)
 
 
-def test_digits_that_a_speaker_never_says_are_named(example, recordings):
+def test_digits_that_a_speaker_never_says_are_named(example, digits, recordings):
     def require(recordings, *arguments):
         arguments = example.parse_arguments(["--data-dir", "data", *arguments])
-        parts = example.split(recordings, arguments.held_out, arguments.split)
-        example.require_every_digit(parts, recordings, arguments)
+        parts = digits.split(recordings, arguments.held_out, arguments.split)
+        digits.require_every_digit(parts, recordings, arguments)
 
     require(recordings)
     require(recordings, "--split", "speaker")
@@ -248,7 +253,7 @@ def spans(classes):
     return [(classes[a], a, b) for a, b in pairs if classes[a]]
 
 
-def test_each_recording_stands_in_one_string_of_a_pass(example, recordings, strings):
+def test_each_recording_stands_in_one_string_of_a_pass(recordings, strings):
     spoken = []
     for string in strings:
         words = spans(string.classes)
@@ -283,9 +288,9 @@ def test_the_string_holds_the_recording_and_a_gain(recordings, strings):
     assert -6.1 < min(gains) < -4 and 4 < max(gains) < 6.1
 
 
-def test_strings_depend_on_their_seed_alone(example, recordings):
+def test_strings_depend_on_their_seed_alone(splicing, recordings):
     def spliced(seed):
-        return example.splice_strings(recordings, 1, np.random.default_rng(seed))
+        return splicing.splice_strings(recordings, 1, np.random.default_rng(seed))
 
     one, same, other = spliced(1), spliced(1), spliced(2)
     for a, b in zip(one, same, strict=True):
@@ -295,17 +300,17 @@ def test_strings_depend_on_their_seed_alone(example, recordings):
 
 
 @pytest.mark.parametrize("left", range(1, 60))
-def test_the_words_left_over_make_strings_too(left, example, rng):
+def test_the_words_left_over_make_strings_too(left, splicing, rng):
     counts = []
     while sum(counts) < left:
-        counts.append(example.words_of_string(left - sum(counts), rng))
+        counts.append(splicing.words_of_string(left - sum(counts), rng))
     assert sum(counts) == left
     assert left < 3 or (min(counts) >= 3 and max(counts) <= 7)
 
 
-def test_the_class_of_a_frame_is_what_is_heard_in_it(example, strings):
+def test_the_class_of_a_frame_is_what_is_heard_in_it(splicing, strings):
     for string in strings[:12]:
-        utterance = example.to_frames(string)
+        utterance = splicing.to_frames(string)
         assert len(utterance.features) == 1 + (len(string.samples) - 200) // 80
         assert utterance.classes.shape == (len(utterance.features),)
         loudest = utterance.features[:, :40].argmax(axis=1)
@@ -339,14 +344,14 @@ def reference_energies(samples):
     return np.log(energies + 1e-8)
 
 
-def test_features_are_those_of_numpy(example, strings, rng):
+def test_features_are_those_of_numpy(splicing, strings, rng):
     samples = strings[0].samples + 0.1 * rng.standard_normal(
         len(strings[0].samples), "float32"
     )
     static = reference_energies(samples)
     silent = np.zeros_like(samples)
-    string = example.String("ann", samples, strings[0].classes)
-    features = example.to_frames(string).features
+    string = splicing.String("ann", samples, strings[0].classes)
+    features = splicing.to_frames(string).features
     assert features.shape == (len(static), 123) and features.dtype == np.float32
     # A float32 transform errs by 1e-7 of the loudest bin, and the faintest band is
     # some 1e-4 of it: 1e-3 of that band.
@@ -365,17 +370,17 @@ def test_features_are_those_of_numpy(example, strings, rng):
     np.testing.assert_allclose(
         features[:, 82:], slopes(slopes(static)), rtol=0, atol=1e-3
     )
-    assert np.all(np.isfinite(example.log_energies(silent)))
+    assert np.all(np.isfinite(splicing.log_energies(silent)))
 
 
-def test_differences_of_a_ramp_are_its_slope(example):
+def test_differences_of_a_ramp_are_its_slope(splicing):
     ramp = np.arange(10.0)[:, None] * [2.0, -0.5] + [5.0, 1.0]
-    slopes = example.differences(ramp)
+    slopes = splicing.differences(ramp)
     # float64, a dozen roundings.
     np.testing.assert_allclose(slopes[2:-2], np.tile([2.0, -0.5], (6, 1)), rtol=1e-14)
     # The first frame stands in for those before it: (1 + 2 * 2) / 10 of the slope.
     np.testing.assert_allclose(slopes[0], [1.0, -0.25], rtol=1e-14)
-    assert example.differences(ramp[:1]).tolist() == [[0, 0]]
+    assert splicing.differences(ramp[:1]).tolist() == [[0, 0]]
 
 
 def test_features_are_normalised_by_the_training_frames(example, folder, tmp_path):
@@ -392,10 +397,10 @@ def test_features_are_normalised_by_the_training_frames(example, folder, tmp_pat
 
 
 @pytest.fixture
-def utterances(example, rng):
+def utterances(splicing, rng):
     """Strings of 20 to 260 frames, each frame by its first feature known."""
     return [
-        example.Utterance(
+        splicing.Utterance(
             rng.normal(size=(count, 123)).astype("float32"),
             rng.integers(0, 11, count).astype("int32"),
         )
@@ -408,11 +413,11 @@ def key(features):
 
 
 def test_batches_hold_each_string_once_and_nothing_but_padding_else(
-    example, utterances
+    splicing, utterances
 ):
     by_key = {key(u.features): u for u in utterances}
     seen, widths = [], []
-    for features, classes, weights in example.batches(utterances, 4):
+    for features, classes, weights in splicing.batches(utterances, 4):
         assert features.shape[:2] == classes.shape == weights.shape
         widths.append(features.shape[1])
         for x, y, w in zip(
@@ -429,9 +434,9 @@ def test_batches_hold_each_string_once_and_nothing_but_padding_else(
     assert widths == [100, 200, 300]
 
 
-def test_training_batches_are_drawn_anew_in_each_epoch(example, utterances):
+def test_training_batches_are_drawn_anew_in_each_epoch(example, splicing, utterances):
     order = example.training.EpochOrder(len(utterances), seed=1)
-    data = example.training_batches(utterances, 3, order)
+    data = splicing.training_batches(utterances, 3, order)
     assert data.cardinality() == 3  # 11 strings
 
     def drawn(epoch):
@@ -452,14 +457,16 @@ def log_softmax(logits):
 
 
 @pytest.mark.parametrize("normalize", ["none", "input"])
-def test_metrics_are_of_valid_frames_alone(normalize, example, utterances, folder):
+def test_metrics_are_of_valid_frames_alone(
+    normalize, example, splicing, utterances, folder
+):
     arguments = parse(example, folder, "unused", "--normalize", normalize)
     model = example.build_model(arguments)
     model.get_layer("logits").kernel.assign(
         keras.random.normal((16, 11), stddev=4.0, seed=1)
     )
     received = model.evaluate(
-        example.batches(utterances, 4), verbose=0, return_dict=True
+        splicing.batches(utterances, 4), verbose=0, return_dict=True
     )
     entropies, errors = [], []
     for utterance in utterances:
@@ -483,11 +490,13 @@ def test_metrics_are_of_valid_frames_alone(normalize, example, utterances, folde
     )
 
 
-def test_more_padding_changes_nothing(example, utterances, folder, monkeypatch):
+def test_more_padding_changes_nothing(
+    example, splicing, utterances, folder, monkeypatch
+):
     model = example.build_model(parse(example, folder, "unused"))
 
     def step():
-        features, classes, weights = next(iter(example.batches(utterances, 11)))
+        features, classes, weights = next(iter(splicing.batches(utterances, 11)))
         with tf.GradientTape() as tape:
             logits = model(features, training=True)
             loss = model.compute_loss(features, classes, logits, weights)
@@ -495,7 +504,7 @@ def test_more_padding_changes_nothing(example, utterances, folder, monkeypatch):
         return features.shape[1], float(loss), [g.numpy() for g in gradients]
 
     width, loss, gradients = step()
-    monkeypatch.setattr(example, "LENGTHS", 350)
+    monkeypatch.setattr(splicing, "LENGTHS", 350)
     wider, same_loss, same_gradients = step()
     assert (width, wider) == (300, 350)
     assert same_loss == pytest.approx(loss, rel=1e-6)
@@ -581,7 +590,9 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
 
     def run(output, epochs):
-        rows = example.run(parse(example, folder, output, "--epochs", epochs))
+        arguments = parse(example, folder, output, "--epochs", epochs)
+        arguments.layers = 1
+        rows = example.run(arguments)
         return rows, json.loads((output / "results.json").read_text())
 
     rows, expected = run(whole, "2")
@@ -601,7 +612,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(
     assert rows[1]["frame_cross_entropy"] < rows[0]["frame_cross_entropy"]
 
     printed = capsys.readouterr().out
-    assert "Recalibrating 2/2" in printed and "nats a frame, frame error" in printed
+    assert "Recalibrating 1/1" in printed and "nats a frame, frame error" in printed
     configuration = json.loads((whole / "configuration.json").read_text())
     assert configuration["normalize"] == "input" and configuration["momentum"] == 0.5
     assert not {"output_dir", "data_dir", "epochs"} & set(configuration)

@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PATHS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.ipynb"))}
 SMOKE = {
     "quick_start": {"EPOCHS": 1, "UNITS": 8, "IMAGES": 160},
