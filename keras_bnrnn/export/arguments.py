@@ -13,8 +13,9 @@ def refuse_stateful(model, advice=""):
     for layer in sublayers(model):
         if getattr(layer, "stateful", False):
             raise ValueError(
-                "A stateful layer would carry one request's state into the next: "
-                f"rebuild the model with `stateful=False` and set its weights. {advice}"
+                "`model` must not have a stateful layer, which would pass the state of "
+                "one request to the next. Rebuild the model with `stateful=False` and "
+                f"set its weights. {advice}"
                 f"Received: layer {layer.name!r} with stateful=True"
             )
 

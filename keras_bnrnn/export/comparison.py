@@ -59,7 +59,7 @@ def require_small(gaps, tolerance, what):
     name = max(gaps, key=lambda name: (np.isnan(gaps[name]), gaps[name]))
     if not gaps[name] <= tolerance:
         raise ExportMismatchError(
-            f"The exported {what} must answer as the model does, to {tolerance:g}. "
-            f"Received: output {name!r}, which differs by {gaps[name]:.2g} on random "
-            "sequences. Nothing was published."
+            f"The outputs of the exported {what} must equal the model's, to "
+            f"{tolerance:g}. Received: output {name!r}, which differs by "
+            f"{gaps[name]:.2g} on random sequences. Nothing was published."
         )

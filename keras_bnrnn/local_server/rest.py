@@ -280,7 +280,7 @@ def _to_array(value, name, info):
     if shape[-1:] == (0,) and expected.rank is not None:
         # JSON gives no sizes after an empty list: take them from the signature.
         shape += tuple(size or 0 for size in expected.as_list()[len(shape) :])
-    # If the signature has an unknown rank, NumPy limits it to 32.
+    # NumPy supports at most 32 axes, which matters if the signature has no fixed rank.
     if not expected.is_compatible_with(shape) or len(shape) > 32:
         raise RestError(
             400,

@@ -90,7 +90,7 @@ def export_saved_model(
 
     **Masks.** Layers receive masks as in Keras. `Embedding` and `Masking` combine their
     masks with the mask of `lengths`. After a layer that drops masks, such as `Conv1D`,
-    padding counts as frames: this layer returns its outputs for zeros in the padding. A
+    padding counts as frames: this layer computes outputs for zeros in the padding. A
     layer with `go_backwards` and `return_sequences` outside `Bidirectional` returns
     sequences with the padding first, which Keras' masks cannot describe. The outputs of
     a model with such a layer are not zeroed, and the layers above it depend on the
@@ -101,7 +101,7 @@ def export_saved_model(
     random ragged sequences must equal those of `model`. The version is written under a
     temporary name and renamed when it is complete, so a server that polls `directory`
     never sees an incomplete version. The file `keras_bnrnn.json` in the version
-    describes it; `keras-bnrnn inspect <directory>` prints this description.
+    describes the version. `keras-bnrnn inspect <directory>` prints a summary.
 
     Args:
         model: A built Sequential or Functional model with an input of shape
@@ -180,7 +180,7 @@ def export_saved_model(
     require_built_graph(model, "`export_saved_model`")
     refuse_stateful(
         model,
-        "The signatures `step` and `chunk` then take and return its states. ",
+        "The signatures `step` and `chunk` then take and return the states. ",
     )
     check_version(version)
     check_lengths(lengths)

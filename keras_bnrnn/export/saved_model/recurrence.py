@@ -138,7 +138,7 @@ class Recurrence:
             element_shape=states[0].shape,
             infer_shape=False,
         )
-        # `stack` fails for an array without elements, which T = 0 would give.
+        # `stack` fails if no element was written. Writes one, in case T is 0.
         loop = (0, states, outputs.write(0, states[0]))
         whole = timesteps // TURN * TURN
         loop = tf.while_loop(lambda t, *_: t < whole, turn(TURN), loop)

@@ -15,7 +15,7 @@ CHANGES_TABLES = ("LookupTableInsert", "LookupTableRemove", "MutableHashTable")
 
 
 class Codec(tf.Module):
-    """Converts text to token ids and back, and holds the tables this needs.
+    """Converts text to token ids and back, and holds the tables of the tokenizer.
 
     Args:
         front_end: `TextFrontEnd`.
@@ -67,7 +67,7 @@ class Codec(tf.Module):
     def ids(self, text):
         """Converts strings (B,) to ragged int32 ids (B, T)."""
         text = self.utf8(text)
-        # The additional row is for `ByteTokenizer`, which fails on an empty batch.
+        # Adds a row, because `ByteTokenizer` fails on a batch without tokens.
         ids = self.tokenizer(tf.concat([text, ["a"]], axis=0))
         shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", tf.string)
         if shape is None or shape.rank != 2 or not dtype.is_integer:

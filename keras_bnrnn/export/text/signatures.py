@@ -80,8 +80,8 @@ def _language_model_output(served, front_end, causal):
         token = getattr(front_end, argument)
         if token is not None:
             raise ValueError(
-                f"`{argument}` is for language models: causal ones with an output (B, "
-                f"T, `vocabulary_size`). Received: {argument}={token!r} and "
+                f"`{argument}` is for language models, which are causal and have an "
+                f"output (B, T, `vocabulary_size`). Received: {argument}={token!r} and "
                 f"vocabulary_size={size} for outputs {shapes} of a model that is "
                 f"{'' if causal else 'not '}causal"
             )
@@ -89,7 +89,7 @@ def _language_model_output(served, front_end, causal):
 
 
 def _require_language_front_end(front_end, codec):
-    """Raises ValueError if a front end lacks what a language model needs."""
+    """Raises ValueError if a front end does not suit a language model."""
     tokenizer = front_end.tokenizer
     kind = type(tokenizer).__name__
     if front_end.start_id is None:
