@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .errors import ModelNotFound, SessionExpired, SignatureNotFound
 from .signatures import find_signature
-from .tensors import LENGTHS, Signature
-
-if TYPE_CHECKING:
-    from .client import ServingClient
+from .tensors import LENGTHS, Metadata, Signature
 
 _INITIAL_STATE, _STEP, _CHUNK = "initial_state", "step", "chunk"
+
+
+class Client(Protocol):
+    """The part of `ServingClient` that a session uses."""
+
+    model: str
+
+    def metadata(self, *, timeout: float | None = None) -> Metadata: ...
+
+    def at_version(self, version: int) -> Client: ...
+
+    def predict(
+        self,
+        inputs: Mapping[str, Any],
+        signature: str,
+        *,
+        timeout: float | None = None,
+    ) -> dict[str, np.ndarray]: ...
 
 
 class StreamingSession:
@@ -55,7 +70,7 @@ class StreamingSession:
     """
 
     def __init__(
-        self, client: ServingClient, batch_size: int = 1, timeout: float | None = None
+        self, client: Client, batch_size: int = 1, timeout: float | None = None
     ) -> None:
         if (
             isinstance(batch_size, bool)
