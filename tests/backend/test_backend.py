@@ -1,0 +1,143 @@
+"""The functions of the seam, those of the backend in use."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import gap
+
+from keras_bnrnn import backend
+from keras_bnrnn.backend import missing, tensorflow
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"unroll": True}, {"differentiable": True}, {"ahead": True}],
+    ids=str,
+)
+def test_scan_equals_numpy(options, reverse, rng):
+    x, start = rng.normal(size=(5, 3, 2)), rng.normal(size=(3, 2))
+
+    def body(carry, elements):
+        (c,), (x_t,) = carry, elements
+        return [0.5 * c + x_t], [c * x_t]
+
+    (last,), (stacked,) = backend.scan(
+        body,
+        [tf.constant(start)],
+        [tf.constant(x)],
+        [((3, 2), "float64")],
+        5,
+        reverse=reverse,
+        **options,
+    )
+    carry, expected = start, np.zeros_like(x)
+    for t in reversed(range(5)) if reverse else range(5):
+        expected[t] = carry * x[t]
+        carry = 0.5 * carry + x[t]
+    assert gap(last, carry) <= 1e-15
+    assert gap(stacked, expected) <= 1e-15
+
+
+def test_scan_can_be_differentiated(rng):
+    x = tf.constant(rng.normal(size=(4, 3)))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        (last,), _ = backend.scan(
+            lambda carry, elements: ([carry[0] * elements[0]], []),
+            [tf.ones(3, tf.float64)],
+            [x],
+            [],
+            4,
+            differentiable=True,
+        )
+    product = np.prod(x, axis=0)
+    assert gap(tape.gradient(last, x), product / np.asarray(x)) <= 1e-12
+
+
+def test_custom_gradient_is_right_when_it_is_differentiated(rng):
+    """x -> x^3, with a gradient from a kept x^2 that the backend cannot look into."""
+
+    def plain(x):
+        return [x * x * x]
+
+    def backward(arguments, kept, upstream):
+        return [3.0 * kept[0] * upstream[0]]
+
+    cube = backend.custom_gradient(
+        plain, lambda x: (plain(x), [tf.stop_gradient(x * x)]), backward
+    )
+    x = tf.constant(rng.normal(size=4))
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            (y,) = cube(x)
+        first = inner.gradient(y, x)
+    assert gap(first, 3.0 * x**2) <= 1e-14
+    assert gap(outer.gradient(first, x), 6.0 * x) <= 1e-14
+
+
+def test_value_and_slope(rng):
+    x = tf.constant(rng.normal(size=(3, 2)))
+    y, slope = backend.value_and_slope(keras.activations.tanh, x)
+    assert gap(y, np.tanh(x)) <= 1e-15
+    assert gap(slope, 1 - np.tanh(x) ** 2) <= 1e-15
+    _, slope = backend.value_and_slope(tf.ones_like, x)
+    assert not np.asarray(slope).any()
+
+
+def test_products(rng):
+    x, y, matrix = (
+        rng.normal(size=(3, 4)),
+        rng.normal(size=(3, 2)),
+        rng.normal(size=(5, 4)),
+    )
+    assert gap(backend.times_transposed(x, matrix), x @ matrix.T) <= 1e-14
+    assert gap(backend.transposed_times(x, y), x.T @ y) <= 1e-14
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_call_if(graph):
+    calls = []
+
+    def run(condition):
+        backend.call_if(condition, lambda: calls.append(1))
+        return tf.constant(0)
+
+    run = tf.function(run) if graph else run
+    run(tf.constant(False))
+    assert not calls
+    run(tf.constant(True))
+    assert calls == [1]
+
+
+def test_compiled_is_traced_once_for_open_axes():
+    traces = []
+
+    def function(x):
+        traces.append(x.shape)
+        return tf.reduce_sum(x)
+
+    run = backend.compiled(function, tf.ones((2, 3, 4)), lambda rank: {0, 1})
+    assert [float(run(tf.ones((b, t, 4)))) for b, t in ((2, 3), (5, 1))] == [24.0, 20.0]
+    assert [shape.as_list() for shape in traces] == [[None, None, 4]]
+
+
+def test_another_backend_has_the_same_functions():
+    """`missing` stands in for a backend without a time loop."""
+    names = [name for name in vars(backend) if hasattr(tensorflow, name)]
+    names = [name for name in names if not name.startswith("__")]
+    assert {"scan", "FusedKernel", "call_if"} <= set(names)
+    for name in names:
+        assert hasattr(missing, name), name
+    for call in (
+        missing.require_time_loop,
+        lambda: missing.scan(None, [], [], [], 1),
+        lambda: missing.value_and_slope(abs, 1.0),
+    ):
+        with pytest.raises(NotImplementedError, match="KERAS_BACKEND=tensorflow"):
+            call()
+    assert missing.replica_count() == 1
+    assert missing.custom_gradient(lambda x: [2 * x], None, None)(3) == [6]
