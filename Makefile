@@ -14,9 +14,9 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2 --durations=12
 
-# Every test: half an hour and more.
+# Every test, those marked slow too: up to an hour.
 test-all: lint
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 -m "" --durations=12
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -202,6 +202,7 @@ OF_CHARACTERS = (
 
 
 class TestTextOfALanguageModel:
+    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_log_probabilities_are_those_of_the_model(self, kind):
         this = case(kind)
@@ -246,6 +247,7 @@ class TestTextOfALanguageModel:
         )
         assert generate(found, TEXTS) == generate(expected, TEXTS)
 
+    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_no_text_and_texts_of_nothing(self, kind):
         signatures = case(kind).signatures
@@ -257,6 +259,7 @@ class TestTextOfALanguageModel:
         assert generate(signatures, []) == []
         assert generate(signatures, ["", ""], max_tokens=0) == ["", ""]
 
+    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_bytes_that_are_not_utf8_harm_nobody(self, kind):
         signatures = case(kind).signatures
@@ -275,6 +278,7 @@ class TestTextOfALanguageModel:
 
 
 class TestGenerate:
+    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_greedy_is_a_loop_over_the_whole_prefix(self, kind):
         this, counts = case(kind), [6, 8, 0, 3, 7]
@@ -525,6 +529,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_saved_signatures_answer_without_keras(tmp_path):
     expected = {}
     for kind in FRONT_ENDS:
