@@ -69,7 +69,7 @@ def worker():
 
     import keras_bnrnn
 
-    run = None
+    run, repeats = None, 1
     for line in sys.stdin:
         message = json.loads(line)
         if message == "which":

@@ -1,8 +1,8 @@
-"""The command `keras-bnrnn`.
+"""Runs the command `keras-bnrnn`.
 
-This package imports the standard library alone, so help, the version and mistakes in
-the arguments are answered at once. A command imports `keras_bnrnn`, and TensorFlow with
-it, after its arguments are parsed.
+This package imports only the standard library, so that `--help`, `--version` and errors
+in the arguments are fast. A command imports `keras_bnrnn`, and with it TensorFlow,
+after its arguments are parsed.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 
 from keras_bnrnn_cli import arguments
 
-# Of each command: the parser of its arguments, the module that runs it, the help text.
+# For each command: the parser of its arguments, its module, and its help text.
 _COMMANDS = {
     "serve": (
         arguments.serve,
@@ -34,11 +34,11 @@ def main(argv=None):
     """Runs a command.
 
     Args:
-        argv: list of str, the arguments; None: those of the process.
+        argv: List of str, the arguments. `None`: the arguments of the process.
 
     Returns:
-        int, the exit status; 1 if standard output is closed before all of it is read,
-        as `head` does.
+        int, the exit status; 1 if the reader of standard output, such as `head`, closes
+        it early.
     """
     try:
         try:
@@ -46,7 +46,7 @@ def main(argv=None):
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more when it exits, which must not fail again.
+        # Python flushes standard output again at exit, which would fail again.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -74,7 +74,7 @@ def _run(argv):
         with _quiet_import():
             command = importlib.import_module(module)
     except ImportError as error:
-        # The message of `keras_bnrnn.local_server` names the extra to install.
+        # The ImportError of `keras_bnrnn.local_server` names the extra to install.
         print(f"error: {error}", file=sys.stderr)
         return 1
     return command.run(parsed)
@@ -94,8 +94,8 @@ def _quiet_import():
     TensorFlow 2.21 ignores the level while it is imported, so file descriptor 2 is
     redirected for that time.
     """
-    # 3 also hides the errors of C++, such as the one about an absent GPU. An error that
-    # concerns the user is a Python exception as well.
+    # Level 3 also hides C++ errors, such as the message about a missing GPU. Errors
+    # that concern the user are raised as Python exceptions as well.
     if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "0":
         yield
         return

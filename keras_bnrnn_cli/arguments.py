@@ -1,4 +1,4 @@
-"""The arguments of each command. This module imports the standard library alone."""
+"""Parses the arguments of each command. Imports only the standard library."""
 
 import argparse
 import pathlib
@@ -8,23 +8,23 @@ def serve(argv=None):
     """Parses the arguments of `keras-bnrnn serve`.
 
     Args:
-        argv: list of str, the arguments; None: those of the process.
+        argv: List of str, the arguments. `None`: the arguments of the process.
 
     Returns:
-        argparse.Namespace.
+        `argparse.Namespace`.
     """
     parser = argparse.ArgumentParser(
         prog="keras-bnrnn serve",
         description=(
             "Serve SavedModels on this machine over TensorFlow Serving's REST and "
-            "gRPC. For development and tests: production is TensorFlow Serving, "
-            "which answers the same requests."
+            "gRPC, for development and tests. Use TensorFlow Serving, which answers "
+            "the same requests, in production."
         ),
         epilog=(
             "example: keras-bnrnn serve speech=exported/speech, then POST "
             '{"instances": [...]} to http://127.0.0.1:8501/v1/models/speech:predict. '
-            "A version that is exported meanwhile takes over once it is loaded. "
-            "Ctrl-C or SIGTERM stops it once the requests in flight are answered."
+            "The server also loads versions that are exported while it runs. Ctrl-C "
+            "or SIGTERM stops the server after the requests in progress."
         ),
     )
     parser.add_argument(
@@ -32,8 +32,8 @@ def serve(argv=None):
         nargs="+",
         type=_model,
         metavar="NAME=DIR",
-        help="a model's name and its base directory, which has a sub-directory for "
-        "each version (1, 2, ...); the highest is served",
+        help="the name of a model and its base directory, which has a sub-directory "
+        "for each version (1, 2, ...)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
@@ -42,20 +42,21 @@ def serve(argv=None):
         "--port",
         type=int,
         default=8501,
-        help="port of REST and of the metrics, 0 for a free one (default %(default)s)",
+        help="port of REST and metrics, 0 for any free port (default %(default)s)",
     )
     parser.add_argument(
         "--grpc-port",
         type=_grpc_port,
         default=8500,
-        help="port of gRPC, 0 for a free one, `none` for no gRPC (default %(default)s)",
+        help="port of gRPC, 0 for any free port, `none` for no gRPC "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--versions",
         type=_versions,
         default="latest",
         metavar="latest|N|all",
-        help="serve a model's highest version, its N highest ones, or all of them "
+        help="serve the highest version of a model, the N highest, or all versions "
         "(default %(default)s)",
     )
     parser.add_argument(
@@ -64,21 +65,21 @@ def serve(argv=None):
         action="append",
         default=[],
         metavar="NAME/LABEL=N",
-        help="let requests call version N of a model by a label, as in "
+        help="let requests name version N of a model by a label, as in "
         "/v1/models/speech/labels/stable:predict; may be repeated",
     )
     parser.add_argument(
         "--poll-seconds",
         type=float,
         default=1.0,
-        help="seconds between two looks for new and removed versions, 0 to look only "
-        "at the start (default %(default)s)",
+        help="seconds between two searches for new and removed versions, 0 to search "
+        "only at the start (default %(default)s)",
     )
     parser.add_argument(
         "--max-request-bytes",
         type=int,
         default=64 * 1024**2,
-        help="refuse larger requests (default %(default)s)",
+        help="size limit of a request in bytes (default %(default)s)",
     )
     args = parser.parse_args(argv)
     names = [name for name, _ in args.models]
@@ -125,21 +126,21 @@ def inspect(argv=None):
     """Parses the arguments of `keras-bnrnn inspect`.
 
     Args:
-        argv: list of str, the arguments; None: those of the process.
+        argv: List of str, the arguments. `None`: the arguments of the process.
 
     Returns:
-        argparse.Namespace.
+        `argparse.Namespace`.
     """
     parser = argparse.ArgumentParser(
         prog="keras-bnrnn inspect",
-        description="Print what a SavedModel is: its signatures, layers, operations "
-        "and sizes. Exit status 1 if stock TensorFlow Serving could not run it.",
+        description="Print the signatures, layers, operations and sizes of a "
+        "SavedModel. The exit status is 1 if stock TensorFlow Serving cannot run it.",
     )
     parser.add_argument(
         "directory",
         type=pathlib.Path,
         metavar="DIR",
-        help="a version's directory, or a model's, whose highest version is taken",
+        help="directory of a version, or of a model to inspect its highest version",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of a table"

@@ -1,8 +1,8 @@
-"""A load test for TensorFlow Serving, and for servers that speak as it does.
+"""Runs a load test against TensorFlow Serving or a server with the same API.
 
-Clients in threads send random requests as fast as they are answered, and each answer is
-compared with the one that the same request had alone, before the load: a server that
-mixes up or pads rows wrongly under load is found out.
+Clients in threads send random requests, each client as soon as its last request is
+answered. The script compares each response with the response to the same request before
+the load. This detects a server that mixes up rows or pads rows wrongly under load.
 """
 
 import argparse
@@ -17,11 +17,11 @@ import numpy as np
 
 try:
     import keras_bnrnn_client
-except ImportError:  # in a checkout that is not installed
+except ImportError:  # the package is not installed
     sys.path.insert(0, str(pathlib.Path(__file__).parent / "client"))
     import keras_bnrnn_client
 
-# Distinct requests; each is sent many times.
+# The number of distinct requests; each is sent many times.
 _REQUESTS = 32
 
 
@@ -52,7 +52,7 @@ def main(argv=None):
 
 
 class _Load:
-    """What the clients send, and what became of it."""
+    """The requests of the clients, their latencies and their errors."""
 
     def __init__(self, requests, expected):
         self.requests = requests
@@ -63,7 +63,7 @@ class _Load:
         self._errors = collections.Counter()
 
     def send(self, args, seed):
-        """A client: sends requests until it is told to stop."""
+        """Sends requests as one client until `stop` is set."""
         rng = np.random.default_rng([args.seed, seed])
         latencies, errors = [], collections.Counter()
         with _client(args) as client:
@@ -112,7 +112,7 @@ def _run(load, args):
     time.sleep(args.seconds)
     load.stop.set()
     for thread in threads:
-        # One that never ends would have passed its deadline long ago.
+        # A request ends by its timeout, so this join returns early.
         thread.join(2 * args.timeout + 10)
     return time.perf_counter() - start
 
@@ -125,7 +125,7 @@ def _client(args):
         version=args.version,
         label=args.label,
         timeout=args.timeout,
-        # What is lost under load is to be seen.
+        # No retries by default, so that the report shows every error.
         retries=args.retries,
         pad_to=args.pad_to,
     )
@@ -148,14 +148,14 @@ def _random_inputs(signature, args, rng):
 
 
 def _sizes(shape, batch, timesteps):
-    # Any shape: a batch of values, as `initial_state` is content with.
+    # For an unknown shape, sends (B,), which `initial_state` accepts.
     shape = (None,) if shape is None else shape
     free = [batch] + [timesteps] * len(shape)
     return [free[i] if size is None else size for i, size in enumerate(shape)]
 
 
 def _random_array(name, dtype, sizes, args, rng):
-    if name == "t":  # how many frames came before
+    if name == "t":  # the number of frames processed so far
         return np.zeros(sizes, dtype)
     if dtype == "string":
         words = ["one", "of", "a", "few", "short", "words"]
@@ -187,7 +187,7 @@ def _same(answer, expected, tolerance):
 
 
 def _without_padding(found, shape):
-    """A server that batches requests answers with the timesteps of the longest."""
+    """Removes trailing zero timesteps, which a server that pads batches returns."""
     if found.ndim > 1 and found.ndim == len(shape) and not found[:, shape[1] :].any():
         return found[:, : shape[1]]
     return found
@@ -215,66 +215,72 @@ def _parse(argv):
     parser = argparse.ArgumentParser(
         prog="load_test.py",
         description=(
-            "Send random requests to a served model from many clients at once; print "
-            "throughput, the percentiles of latency, and errors by kind. The exit "
-            "status is 1 if there was an error or a wrong answer."
+            "Send random requests to a served model from many clients at once. Print "
+            "the throughput, latency percentiles and errors by kind. The exit status "
+            "is 1 after an error or a wrong answer."
         ),
         epilog=(
             "example: python serving/load_test.py --url http://127.0.0.1:8501 "
             "--model speech --clients 64 --seconds 20 --lengths 5-50. The clients are "
-            "threads of one process: where they need more than about one core, the "
-            "figures are theirs and not the server's, so start several."
+            "threads of one process. If they need more than about one core, they limit "
+            "the throughput: run several processes."
         ),
     )
     server = parser.add_mutually_exclusive_group(required=True)
-    server.add_argument("--url", help="server over REST, http://host:port")
-    server.add_argument("--grpc", metavar="HOST:PORT", help="server over gRPC")
-    parser.add_argument("--model", required=True, help="the model's name")
+    server.add_argument(
+        "--url", help="URL of the server, http://host:port, to use REST"
+    )
+    server.add_argument(
+        "--grpc", metavar="HOST:PORT", help="address of the server, to use gRPC"
+    )
+    parser.add_argument("--model", required=True, help="name of the model")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--version", type=int, help="its version (default: the latest)")
-    which.add_argument("--label", help="the label of its version")
+    which.add_argument(
+        "--version", type=int, help="version of the model (default: the latest)"
+    )
+    which.add_argument("--label", help="label of the version")
     parser.add_argument(
         "--signature",
         default="serving_default",
-        help="the signature to call (default %(default)s)",
+        help="signature to call (default %(default)s)",
     )
     parser.add_argument(
         "--clients",
         type=_positive_int,
         default=64,
-        help="requests in flight (default %(default)s)",
+        help="number of concurrent clients (default %(default)s)",
     )
     parser.add_argument(
         "--seconds",
         type=_positive_float,
         default=10.0,
-        help="how long (default %(default)s)",
+        help="duration of the load (default %(default)s)",
     )
     parser.add_argument(
         "--lengths",
         type=_range,
         default=(5, 50),
         metavar="MIN-MAX",
-        help="timesteps of a sequence (default 5-50)",
+        help="range of the timesteps of a sequence (default 5-50)",
     )
     parser.add_argument(
         "--batch",
         type=_positive_int,
         default=1,
-        help="rows of a request (default %(default)s)",
+        help="number of rows of a request (default %(default)s)",
     )
     parser.add_argument(
         "--pad-to",
         type=_sizes_to_pad_to,
         metavar="T,T,...",
-        help="have the client pad requests to these numbers of timesteps, as a server "
-        "needs that batches and does not pad (default: none)",
+        help="pad requests to these numbers of timesteps, for a server that batches "
+        "requests and does not pad them (default: no padding)",
     )
     parser.add_argument(
         "--max-integer",
         type=int,
         default=9,
-        help="the largest value of an integer input, such as a token "
+        help="largest value of an integer input, such as a token id "
         "(default %(default)s)",
     )
     parser.add_argument(
@@ -283,41 +289,44 @@ def _parse(argv):
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="send this value for an input instead of random ones; may be repeated",
+        help="send this value for an input instead of random values; may be repeated",
     )
     parser.add_argument(
         "--timeout",
         type=_positive_float,
         default=10.0,
-        help="seconds that a request may take (default %(default)s)",
+        help="time limit of a request in seconds (default %(default)s)",
     )
     parser.add_argument(
         "--retries",
         type=int,
         default=0,
-        help="send a request again after an error that may pass (default %(default)s)",
+        help="number of retries after a transient error (default %(default)s)",
     )
     parser.add_argument(
         "--wait",
         type=_positive_float,
         default=30.0,
-        help="seconds to wait for the model at first (default %(default)s)",
+        help="seconds to wait until the model is available (default %(default)s)",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-4,
-        help="how far an answer may be from that without load (default %(default)s)",
+        help="tolerance of the comparison with the answers before the load "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="compare no answers: for random outputs, or a version that changes",
+        help="do not compare answers, for random outputs or a changing version",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument(
-        "--smoke", action="store_true", help="4 clients for half a second"
+        "--seed", type=int, default=0, help="random seed (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run 4 clients for half a second"
     )
     args = parser.parse_args(argv)
     args.input = dict(args.input)

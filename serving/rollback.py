@@ -1,10 +1,10 @@
 """Moves the labels of a model's versions, in the configuration and on the servers.
 
-A roll-back is `--label stable=N` for the version before; so is a roll-out, for the
-version after. A server moves a label only to a version that it has loaded. So this
-script has the versions loaded first, waits until each is AVAILABLE on each server, and
-then moves the labels: no request is lost on the way, and nothing is moved if a version
-does not load.
+`--label stable=N` rolls back if N is the previous version, and rolls out if N is the
+next version. A server moves a label only to a version that it has loaded. The script
+therefore first tells the servers to load the versions, waits until each version is
+AVAILABLE on each server, and then moves the labels. No request is lost, and no label
+moves if a version fails to load.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv=None):
     if args.dry_run:
         print(head + text_format.MessageToString(wanted), end="")
         return 0
-    # Imported here: without a server, the configuration's proto is all it takes.
+    # Imported here, because gRPC is only needed with a server.
     servers = []
     if args.grpc:
         import grpc
@@ -41,8 +41,8 @@ def main(argv=None):
             _Server(target, grpc.insecure_channel(target)) for target in args.grpc
         ]
     try:
-        # The file goes first at each step: a server that polls it would otherwise
-        # return to what it says.
+        # Each step writes the file first. Otherwise a server that polls the old file
+        # would undo the step.
         for step in (loaded, wanted):
             write_config(args.config, head, step)
             for server in servers:
@@ -62,7 +62,7 @@ def main(argv=None):
             versions = list(model.model_version_policy.specific.versions)
             print(f"{model.name}: versions {versions}, labels {labels or 'none'}")
     if not servers:
-        print(f"{args.config} is changed; no server was told: they have to poll it")
+        print(f"{args.config} is changed; no server was told: servers must poll it")
     return 0
 
 
@@ -70,13 +70,13 @@ def read_config(path):
     """Reads a model configuration.
 
     Args:
-        path: path of a ModelServerConfig in text form.
+        path: Path of a ModelServerConfig in text form.
 
     Returns:
         The comment at the top of the file, a str, and the `ModelServerConfig`.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: If the file is not a ModelServerConfig.
     """
     text = pathlib.Path(path).read_text()
     head = []
@@ -93,11 +93,11 @@ def read_config(path):
 
 
 def write_config(path, head, config):
-    """Writes a model configuration; whoever reads the file sees all of it or the old.
+    """Replaces a model configuration atomically.
 
     Args:
-        path: path.
-        head: str, the comment at its top.
+        path: Path of the file.
+        head: str, the comment for the top of the file.
         config: `ModelServerConfig`.
     """
     path = pathlib.Path(path)
@@ -107,21 +107,21 @@ def write_config(path, head, config):
 
 
 def change_versions(config, model, load=(), labels=None, unload=()):
-    """Changes what is loaded of a model, and its labels.
+    """Changes the loaded versions and the labels of a model.
 
     Args:
-        config: `ModelServerConfig`; it is not changed.
-        model: str, the model's name.
-        load: versions to load besides those that are.
-        labels: dict of label -> version, to add or to move.
-        unload: versions to drop.
+        config: `ModelServerConfig`. It is not changed.
+        model: str, the name of the model.
+        load: Versions to load in addition.
+        labels: Dict from label to version: the labels to add or to move.
+        unload: Versions to unload.
 
     Returns:
-        `ModelServerConfig`.
+        The changed copy, a `ModelServerConfig`.
 
     Raises:
-        ValueError: if there is no such model, if its policy is not `specific`, or if a
-            label would name a version that is not loaded.
+        ValueError: If the configuration has no such model, its policy is not
+            `specific`, or a label would name a version that is not loaded.
     """
     config = copy.deepcopy(config)
     found = [m for m in config.model_config_list.config if m.name == model]
@@ -135,8 +135,8 @@ def change_versions(config, model, load=(), labels=None, unload=()):
     if policy.WhichOneof("policy_choice") != "specific":
         raise ValueError(
             f"The model_version_policy of {model!r} must be `specific`, which names "
-            "the versions that are loaded: others drop a version though a label names "
-            f"it. Received: {policy.WhichOneof('policy_choice') or 'none'}"
+            "the versions to load: other policies unload a version that a label names. "
+            f"Received: {policy.WhichOneof('policy_choice') or 'none'}"
         )
     versions = sorted(({*policy.specific.versions} | {*load}) - {*unload})
     found[0].version_labels.update(labels or {})
@@ -151,7 +151,7 @@ def change_versions(config, model, load=(), labels=None, unload=()):
 
 
 class _Server:
-    """The ModelService of a server."""
+    """Calls the ModelService of a server."""
 
     def __init__(self, target, channel):
         from tensorflow_serving.apis import model_service_pb2_grpc
@@ -168,7 +168,7 @@ class _Server:
             raise RuntimeError(f"{self.target}: {status.error_message}")
 
     def wait(self, model, versions, seconds):
-        """Waits until versions are AVAILABLE."""
+        """Waits until the versions are AVAILABLE, or raises RuntimeError."""
         from tensorflow_serving.apis import get_model_status_pb2
 
         request = get_model_status_pb2.GetModelStatusRequest()
@@ -215,26 +215,26 @@ def _parse(argv):
         prog="rollback.py",
         description=(
             "Move the labels of a model's versions: change the configuration file, "
-            "have each server load the versions, and move the labels once all are "
-            "AVAILABLE everywhere. If one is not, everything is put back, and the exit "
-            "status is 1."
+            "tell each server to load the versions, and move the labels when all "
+            "versions are AVAILABLE on all servers. If a version fails to load, the "
+            "script restores the configuration and exits with status 1."
         ),
         epilog=(
             "example: python serving/rollback.py serving/config/models.config "
             "--model speech --label stable=1 --grpc 127.0.0.1:8500. Versions stay "
-            "loaded until --unload, so that the way back is short. All servers must "
-            "have the same configuration."
+            "loaded until --unload, so that a roll-back is fast. All servers must have "
+            "the same configuration."
         ),
     )
-    parser.add_argument("config", help="models.config, which is changed")
-    parser.add_argument("--model", required=True, help="the model's name")
+    parser.add_argument("config", help="path of models.config, which is changed")
+    parser.add_argument("--model", required=True, help="name of the model")
     parser.add_argument(
         "--label",
         type=_label,
         action="append",
         default=[],
         metavar="LABEL=N",
-        help="have the label name version N, which is loaded if need be; may be "
+        help="move the label to version N, and load version N if necessary; may be "
         "repeated",
     )
     parser.add_argument(
@@ -251,24 +251,24 @@ def _parse(argv):
         action="append",
         default=[],
         metavar="N",
-        help="drop version N, which no label may name; may be repeated",
+        help="unload version N, which must have no label; may be repeated",
     )
     parser.add_argument(
         "--grpc",
         action="append",
         default=[],
         metavar="HOST:PORT",
-        help="a server to tell at once; may be repeated. Without it, servers take the "
-        "file up when they poll it (--model_config_file_poll_wait_seconds)",
+        help="server to reconfigure at once; may be repeated. Without it, servers read "
+        "the file when they poll it (--model_config_file_poll_wait_seconds)",
     )
     parser.add_argument(
         "--timeout",
         type=float,
         default=60.0,
-        help="seconds that a server may take to load (default %(default)s)",
+        help="time limit for loading in seconds (default %(default)s)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the file that it would write"
+        "--dry-run", action="store_true", help="print the new file and change nothing"
     )
     args = parser.parse_args(argv)
     if not (args.label or args.load or args.unload):

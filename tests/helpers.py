@@ -3,14 +3,11 @@
 import keras
 import numpy as np
 
-import keras_bnrnn
+from keras_bnrnn import layers
 from keras_bnrnn.traversal import sublayers
 
-KINDS = {
-    "simple_rnn": (keras_bnrnn.BNSimpleRNN, keras.layers.SimpleRNN),
-    "lstm": (keras_bnrnn.BNLSTM, keras.layers.LSTM),
-    "gru": (keras_bnrnn.BNGRU, keras.layers.GRU),
-}
+# Each kind: its layer, and the stock layer of the same equations.
+KINDS = {kind: (layer, layer.stock_layer) for kind, layer in layers.KINDS.items()}
 
 
 def randomize(layer, rng):

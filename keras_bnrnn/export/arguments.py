@@ -1,4 +1,4 @@
-"""Checks that `export_saved_model` and the exports of files share."""
+"""Checks arguments for `export_saved_model`, `export_litert` and `export_onnx`."""
 
 from keras_bnrnn.traversal import sublayers
 
@@ -8,13 +8,14 @@ def refuse_stateful(model, advice=""):
 
     Args:
         model: A Keras model.
-        advice: str, a further sentence of the message.
+        advice: str, a sentence to add to the error message.
     """
     for layer in sublayers(model):
         if getattr(layer, "stateful", False):
             raise ValueError(
-                "A stateful layer would carry one request's state into the next: "
-                f"rebuild the model with `stateful=False` and set its weights. {advice}"
+                "`model` must not have a stateful layer, which would pass the state of "
+                "one request to the next. Rebuild the model with `stateful=False` and "
+                f"set its weights. {advice}"
                 f"Received: layer {layer.name!r} with stateful=True"
             )
 

@@ -1,4 +1,4 @@
-"""Compares the answers of an export with those of the model it was made from."""
+"""Compares the outputs of an exported model with those of the original model."""
 
 import keras
 import numpy as np
@@ -7,15 +7,15 @@ from keras_bnrnn.export.structure import nested_inputs
 
 
 class ExportMismatchError(ValueError):
-    """The answers of an export differ from those of its model."""
+    """Raised if the outputs of an exported model differ from those of the original."""
 
 
 def answers_of(model, inputs):
-    """The flat outputs of a model at inference.
+    """Runs a model at inference and returns its flat outputs.
 
     Args:
         model: A Sequential or Functional model.
-        inputs: Dict of tensors, in the order of the flat inputs of the model.
+        inputs: Dict of tensors, in the order of the model's flat inputs.
 
     Returns:
         List of tensors.
@@ -25,16 +25,17 @@ def answers_of(model, inputs):
 
 
 def gap(expected, found):
-    """The largest difference of two arrays.
+    """Returns the largest difference between two arrays.
 
     Args:
         expected: Array.
         found: Array.
 
     Returns:
-        float: for numbers, relative to the largest of `expected` if that exceeds 1; for
-        integers, booleans and strings, 1 if any differs and 0 if none does. Infinity if
-        the shapes differ, NaN if a difference is NaN.
+        float: for floating-point arrays, the largest absolute difference, divided by
+        the largest absolute value of `expected` if this value exceeds 1; for integers,
+        booleans and strings, 1 if any element differs and 0 otherwise. Infinity if the
+        shapes differ; NaN if a difference is NaN.
     """
     expected, found = np.asarray(expected), np.asarray(found)
     if expected.shape != found.shape:
@@ -51,14 +52,14 @@ def require_small(gaps, tolerance, what):
 
     Args:
         gaps: Dict from the name of an output to its gap.
-        tolerance: float.
-        what: What was exported, such as `"file"`.
+        tolerance: float, the largest gap that passes.
+        what: str, the kind of export for the error message, such as `"file"`.
     """
-    # NaN counts as the largest difference, and is not below the tolerance.
+    # NaN counts as the largest gap, and fails any tolerance.
     name = max(gaps, key=lambda name: (np.isnan(gaps[name]), gaps[name]))
     if not gaps[name] <= tolerance:
         raise ExportMismatchError(
-            f"The exported {what} must answer as the model does, to {tolerance:g}. "
-            f"Received: output {name!r}, which differs by {gaps[name]:.2g} on random "
-            "sequences. Nothing was published."
+            f"The outputs of the exported {what} must equal the model's, to "
+            f"{tolerance:g}. Received: output {name!r}, which differs by "
+            f"{gaps[name]:.2g} on random sequences. Nothing was published."
         )

@@ -19,8 +19,8 @@ def find_versions(directory):
         directory: str or path.
 
     Returns:
-        Dict from version, an int, to its directory, ascending. Files, and directories
-        that are not named by a non-negative int64, are ignored.
+        Dict from version, an int, to its directory, in ascending order. Ignores files,
+        and directories whose name is not a non-negative int64.
 
     Raises:
         OSError: If `directory` is not a directory.
@@ -31,30 +31,32 @@ def find_versions(directory):
 
 
 class VersionExistsError(FileExistsError, ValueError):
-    """A version to be exported exists already."""
+    """Raised if the version to export already exists."""
 
 
 def refuse_existing_version(directory, version):
     """Raises `VersionExistsError` if a version exists.
 
     Args:
-        directory: `pathlib.Path` of the model, which may not exist.
+        directory: `pathlib.Path` of the model; it need not exist.
         version: Int.
     """
     if directory.is_dir() and version in _numbered(directory):
         raise VersionExistsError(
-            "`version` is there already and is never overwritten. "
+            "`version` must not exist: versions are never overwritten. "
             f"Received: version={version} with directory={os.fspath(directory)!r}"
         )
 
 
 def publish_version(directory, version, write):
-    """Writes a version under a temporary name and renames it when it is complete.
+    """Writes a version under a temporary name, then renames the complete version.
 
     Args:
-        directory: `pathlib.Path` of the model; made if it does not exist.
-        version: Int. `None`: one above the highest version in `directory`, from 1.
-        write: Function of a path. Makes a folder there, fills and checks it.
+        directory: `pathlib.Path` of the model; created if it does not exist.
+        version: Int. `None`: one above the highest version in `directory`, or 1 if
+            there is none.
+        write: Function of a path. Creates a folder at this path, writes the version
+            into it and checks the version.
 
     Returns:
         `pathlib.Path` of the version.
@@ -73,7 +75,7 @@ def publish_version(directory, version, write):
             try:
                 return unfinished.rename(final)
             except OSError:
-                # Another export took the number after it was chosen.
+                # Another export has taken this version number in the meantime.
                 if version is not None or not final.exists():
                     raise
 
@@ -82,7 +84,7 @@ def publish_version(directory, version, write):
 
 
 def refuse_existing_file(path, overwrite):
-    """Raises `FileExistsError` if a file exists that must not be overwritten."""
+    """Raises `FileExistsError` if a file exists and `overwrite` is false."""
     if path.exists() and not overwrite:
         raise FileExistsError(
             "`path` is there already: `overwrite=True` replaces it. "
@@ -91,13 +93,13 @@ def refuse_existing_file(path, overwrite):
 
 
 def publish_file(path, overwrite, write):
-    """Writes a file under a temporary name and renames it when it is complete.
+    """Writes a file under a temporary name, then renames the complete file.
 
     Args:
         path: `pathlib.Path` of the file.
         overwrite: Whether to replace an existing file.
-        write: Function of a path with the suffix of `path`. Writes a file there and
-            checks it.
+        write: Function of a path with the suffix of `path`. Writes a file at this path
+            and checks the file.
 
     Returns:
         `path`.
@@ -114,23 +116,25 @@ def publish_file(path, overwrite, write):
 
 
 def _numbered(directory):
-    """The entries of a directory that are named by a number, by that number."""
+    """Returns a dict from number to path of the entries whose name is a number."""
     entries = pathlib.Path(directory).iterdir()
     numbered = {int(p.name): p for p in entries if re.fullmatch("[0-9]+", p.name)}
     return dict(sorted(numbered.items()))
 
 
 def _publish(directory, write, rename, suffix=""):
-    """Has a folder or a file written, stored on disk and renamed.
+    """Writes a folder or a file, flushes it to disk and renames it.
+
+    Removes the unfinished folder or file after an error.
 
     Args:
-        directory: `pathlib.Path` of the directory that will hold it.
-        write: Function of its temporary path.
-        rename: Function of its temporary path. Returns its final path.
-        suffix: str, the end of the temporary name.
+        directory: `pathlib.Path` of the parent directory.
+        write: Function of the temporary path.
+        rename: Function of the temporary path. Returns the final path.
+        suffix: str, the suffix of the temporary name.
 
     Returns:
-        The final path. After an error nothing is left.
+        The final path.
     """
     _remove_unfinished(directory)
     unfinished = directory / unfinished_name(os.getpid(), suffix)
@@ -145,16 +149,16 @@ def _publish(directory, write, rename, suffix=""):
 
 
 def unfinished_name(pid, suffix=""):
-    """A temporary name, which no server takes for a version.
+    """Returns a temporary name, which a server does not read as a version.
 
-    It names the host and the process that writes, so that another export can tell
-    whether that process still runs.
+    The name contains the host and the process id, so that another export on this host
+    can tell whether the process that writes still runs.
     """
     return f".unfinished-{socket.gethostname()}-{pid}-{uuid.uuid4().hex}{suffix}"
 
 
 def _remove_unfinished(directory):
-    """Removes what killed exports of this machine left in a directory."""
+    """Removes unfinished exports of processes of this host that no longer run."""
     host = re.escape(socket.gethostname())
     pattern = rf"\.unfinished-{host}-(\d+)-[0-9a-f]{{32}}(\.\w+)?"
     for path in directory.iterdir():
@@ -173,7 +177,7 @@ def _runs(pid):
 
 
 def _remove(path):
-    """Removes a folder or a file, if it exists and this user may."""
+    """Removes a folder or a file; ignores errors, such as missing permission."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -182,7 +186,7 @@ def _remove(path):
 
 
 def _sync(path):
-    """Has the system store a file, or a folder and its files, on disk."""
+    """Flushes a file, or a folder and its files, to disk."""
     for root, _, files in os.walk(path):
         for name in files:
             _sync_one(os.path.join(root, name))

@@ -1,4 +1,4 @@
-"""Makes random inputs for a model that is exported."""
+"""Draws random inputs to trace and check an exported model."""
 
 import keras
 import numpy as np
@@ -9,16 +9,16 @@ from keras_bnrnn.traversal import sublayers
 
 
 def example_inputs(model, interface, rows, timesteps, rng):
-    """Random inputs that a model takes.
+    """Draws random inputs of the shapes and dtypes that a model takes.
 
-    Integers are below the `input_dim` of every `Embedding`, and below 2 if the model
-    has none.
+    Integer inputs are below the `input_dim` of every `Embedding`, or below 2 if the
+    model has no `Embedding`.
 
     Args:
         model: A Sequential or Functional model.
         interface: `Interface` of the model.
         rows: Int, the batch size.
-        timesteps: Int, T of the sequences whose T is free.
+        timesteps: Int, the T of sequences whose T is free.
         rng: `numpy.random.Generator`.
 
     Returns:
@@ -48,7 +48,7 @@ def example_inputs(model, interface, rows, timesteps, rng):
 
 
 def shortest_timesteps(model, interface):
-    """The smallest T of 1, 16, 128 and 1024 that a model takes; 1 if it takes none."""
+    """Returns the smallest T of 1, 16, 128, 1024 that a model accepts, or else 1."""
     rng = np.random.default_rng(0)
     rows = interface.batch_size or 1
     for timesteps in (1, 16, 128, 1024):
@@ -56,6 +56,6 @@ def shortest_timesteps(model, interface):
         try:
             answers_of(model, inputs)
         except (tf.errors.OpError, ValueError, ZeroDivisionError):
-            continue  # convolutions and pooling want more
+            continue  # convolutions and pooling need more timesteps
         return timesteps
     return 1

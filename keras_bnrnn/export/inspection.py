@@ -1,4 +1,4 @@
-"""`keras-bnrnn inspect` prints what an exported version holds."""
+"""Describes an exported version; the implementation of `keras-bnrnn inspect`."""
 
 import json
 import pathlib
@@ -15,14 +15,14 @@ def main(argv=None):
 
 
 def run(args):
-    """Prints what a SavedModel holds.
+    """Prints the signatures, layers, checks, sizes and operations of a SavedModel.
 
     Args:
-        args: what `keras_bnrnn_cli.arguments.inspect` parsed.
+        args: The namespace that `keras_bnrnn_cli.arguments.inspect` returns.
 
     Returns:
         int, the exit status: 1 if stock TensorFlow Serving lacks an operation, 2 if
-        there is no SavedModel.
+        the directory holds no SavedModel, otherwise 0.
     """
     try:
         found = inspect_version(args.directory)
@@ -37,18 +37,20 @@ def run(args):
 
 
 def inspect_version(directory):
-    """Reads a version, or the highest version of a model.
+    """Describes a version, or the highest version of a model.
 
     Args:
         directory: Path of a version, which holds `saved_model.pb`, or of a model.
 
     Returns:
-        Dict: what `keras_bnrnn.json` records, `path`, and `lacking`, a dict from each
-        operation that stock TensorFlow Serving lacks to the reason. Signatures,
-        operations and sizes are read from the SavedModel, which may be any.
+        Dict with the entries of `keras_bnrnn.json`, if the version has this file;
+        `signatures`, `operations`, `xla_functions` and `bytes`, read from the
+        SavedModel, which need not come from this package; `path`; and `lacking`, a
+        dict from each operation that stock TensorFlow Serving lacks to the reason.
 
     Raises:
-        ValueError: If there is no SavedModel.
+        ValueError: If the directory holds no SavedModel, or `keras_bnrnn.json` is not
+            JSON.
     """
     directory = pathlib.Path(directory)
     path = directory

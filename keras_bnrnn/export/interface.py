@@ -17,8 +17,8 @@ class Interface:
     Attributes:
         inputs: Dict from the name of each input to its `KerasTensor`.
         sequences: The names of the inputs with timesteps.
-        per_step: Dict from the name of each output to a bool, whether the output has a
-            frame for each input frame, in the same order.
+        per_step: Dict from the name of each output to a bool: whether the output has
+            one frame for each input frame, in the same order.
     """
 
     inputs: dict
@@ -37,14 +37,14 @@ class Interface:
 
     @property
     def rows(self):
-        """The first size of lengths and states, for `require_shapes`."""
+        """The batch size of lengths and states, as `require_shapes` takes it."""
         return "B" if self.batch_size is None else self.batch_size
 
     def specs(self, one_frame=False):
-        """`tf.TensorSpec` of each input, by name.
+        """Returns a dict from the name of each input to its `tf.TensorSpec`.
 
         Args:
-            one_frame: Whether sequences come one frame at a time, without the axis T.
+            one_frame: Whether a sequence is a single frame, without the axis T.
         """
         return {
             name: tf.TensorSpec(
@@ -58,15 +58,15 @@ class Interface:
         }
 
     def shapes(self, one_frame=False, lengths=True):
-        """The shape that each input must have, by name, for `require_shapes`.
+        """Returns a dict from the name of each input to its required shape.
 
-        Free sizes are `"B"`, `"T"` for the timesteps of the sequences that share
-        them, and a name of their own for all others. The first sequence comes first:
-        it defines B and T.
+        `require_shapes` takes this dict. The free batch size is `"B"`. A free T is
+        `"T"` in all sequences that share it. Every other free size has a name of its
+        own. The first sequence is the first entry, because it defines B and T.
 
         Args:
-            one_frame: Whether sequences come one frame at a time, without the axis T.
-            lengths: Whether all sequences share their lengths, and so their T.
+            one_frame: Whether a sequence is a single frame, without the axis T.
+            lengths: Whether all sequences share their lengths, and therefore their T.
         """
         first = self.sequences[0]
         shapes = {}
@@ -92,7 +92,7 @@ def interface_of(model):
         `Interface`.
 
     Raises:
-        ValueError: If no input has timesteps, or one is called `lengths`.
+        ValueError: If no input has timesteps, or an input is called `lengths`.
     """
     inputs = dict(zip(input_names(model), model.inputs, strict=True))
     sequences = _sequences(inputs)
@@ -102,10 +102,10 @@ def interface_of(model):
 
 
 def _sequences(inputs):
-    """The names of the inputs with timesteps, the axis after the batch.
+    """Returns the names of the inputs with timesteps (the axis after the batch).
 
-    They are the inputs whose T is free; if there are none, the inputs of rank 3 and
-    more, and ids.
+    These are the inputs whose T is free. If there are none, these are the inputs of
+    rank 3 and more, and the integer inputs of rank 2 (token ids).
     """
     free = [n for n, x in inputs.items() if len(x.shape) > 1 and x.shape[1] is None]
     if free:
@@ -126,11 +126,12 @@ def _sequences(inputs):
 
 
 def _per_step(model, inputs, sequences):
-    """For each output, whether it has a frame for each input frame, in order."""
+    """Returns a bool for each output: whether it has one frame per input frame."""
     if reverses_time(model) is not None:
         return [False] * len(model.outputs)
     if inputs[sequences[0]].shape[1] is not None:
-        return [False] * len(model.outputs)  # a fixed T and any other size look alike
+        # A fixed T cannot be told from another size of the same value.
+        return [False] * len(model.outputs)
 
     def output_shapes(timesteps):
         probes = [
@@ -142,8 +143,8 @@ def _per_step(model, inputs, sequences):
         outputs = model(nested_inputs(model, probes))
         return [tuple(y.shape) for y in keras.tree.flatten(outputs)]
 
-    # Two numbers of timesteps tell a frame for each frame from any other size. Large
-    # numbers: convolutions and pooling may come first.
+    # An axis of size T for two different T is the axis of the timesteps. The two T are
+    # large, since convolutions and pooling may need many timesteps.
     few, many = 4099, 8209
     return [
         len(a) > 1 and (a[1], b[1]) == (few, many)

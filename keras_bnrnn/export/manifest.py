@@ -39,11 +39,12 @@ def write_manifest(
         model: The model that was exported.
         tokenizer: The tokenizer in the graph, or `None`.
         layers: List of `FoldedLayer`.
-        lengths: Whether whole sequences come with `lengths`.
-        streaming: Dict, whether the model is causal and why not.
-        quantize: Dict of names of weights by their type, or `None`.
+        lengths: Whether `serve` takes `lengths`.
+        streaming: Dict with `causal`, whether the model is causal, and `because`, the
+            reason if it is not streamed.
+        quantize: Dict from dtype to the names of the weights stored in it, or `None`.
         xla_buckets: List of `(B, T)`.
-        checks: Dict of what was checked.
+        checks: Dict of the results of the checks before publishing.
         provenance: Dict that the user gave, or `None`.
     """
     version_directory = pathlib.Path(version_directory)
@@ -108,11 +109,11 @@ def _size(path):
 
 
 def _versions(operations, parts):
-    """Dict of the versions of the packages that an export uses.
+    """Returns the versions of the packages that an export uses, a dict by name.
 
     Args:
-        operations: The names of its operations.
-        parts: What it was made of: layers, and a tokenizer or `None`.
+        operations: The names of the operations of the SavedModel.
+        parts: The layers of the model, and the tokenizer or `None`.
     """
     names = ["keras-bnrnn", "tensorflow", "keras"]
     if not TEXT_OPERATIONS.isdisjoint(operations):
@@ -125,7 +126,7 @@ def _versions(operations, parts):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # TensorFlow has distributions of other names
+            continue  # TensorFlow may have another name, such as tensorflow-cpu
     return versions
 
 

@@ -1,4 +1,4 @@
-"""Finds what the layers of a model do with masks and with the order of frames."""
+"""Finds layers that make masks, drop masks, or reverse the order of frames."""
 
 import keras
 
@@ -6,7 +6,7 @@ from keras_bnrnn.traversal import sublayers
 
 
 def makes_masks(model):
-    """Whether a layer of a model makes a mask from the values of its inputs."""
+    """Returns whether a layer of a model makes a mask from its input values."""
     return any(
         isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
         for layer in sublayers(model)
@@ -14,12 +14,12 @@ def makes_masks(model):
 
 
 def reverses_time(model):
-    """The name of a layer that returns frames in reverse, or `None`.
+    """Returns the name of a layer that reverses its output frames, or `None`.
 
-    Past such a layer, padding comes before the valid frames.
+    After such a layer, padding comes before the valid frames.
     """
     parts = sublayers(model)
-    # `Bidirectional` puts the frames of its backward layer in order again.
+    # `Bidirectional` restores the order of its backward layer's frames.
     ordered = {
         id(inner)
         for layer in parts
@@ -38,9 +38,9 @@ def reverses_time(model):
 
 
 def destroys_masks(model):
-    """The name of a layer that takes sequences and drops their mask, or `None`.
+    """Returns the name of a layer that drops the mask of its input, or `None`.
 
-    Past such a layer, padding counts as frames.
+    After such a layer, padding counts as frames.
     """
     for layer in _operations(model):
         if isinstance(layer, (keras.layers.InputLayer, keras.layers.Embedding)):
@@ -61,9 +61,10 @@ def _operations(model):
 
 
 def _computes_mask(operation):
-    """Whether an operation of a Functional model computes a mask for its layers.
+    """Returns whether an operation of a Functional model computes a mask.
 
-    A Functional model records the operations by which `Masking` and others do so.
+    A Functional model records the operations that compute the mask of a layer, such as
+    `Masking`.
     """
     if isinstance(operation, keras.layers.Layer):
         return False
@@ -73,5 +74,5 @@ def _computes_mask(operation):
 def _takes_sequences(layer):
     try:
         return any(len(x.shape) > 2 for x in keras.tree.flatten(layer.input))
-    except (AttributeError, ValueError):  # it is called several times
+    except (AttributeError, ValueError):  # the layer is called several times
         return True

@@ -12,10 +12,11 @@ TIME = "t"
 
 
 def input_names(model):
-    """The names of a model's flat inputs.
+    """Returns the names of a model's flat inputs.
 
-    They are the keys of a dict of inputs, or the names of the `keras.Input`s. An input
-    that was given no name is called `inputs` or `inputs_<number>`.
+    The names are the keys of a dict of inputs, or else the names of the `keras.Input`s.
+    A single input without a name is called `inputs`, one of several
+    `inputs_<number>`.
 
     Raises:
         ValueError: If an input is called `lengths`.
@@ -29,26 +30,27 @@ def input_names(model):
     if LENGTHS in names:
         raise ValueError(
             f"An input of the model must not be called {LENGTHS!r}: the signature has "
-            f"that one of its own. Received: inputs {names}"
+            f"an input of this name. Received: inputs {names}"
         )
     return names
 
 
 def output_names(model):
-    """The names of a model's flat outputs.
+    """Returns the names of a model's flat outputs.
 
-    They are the keys of a dict of outputs, or the names of the layers that make them.
+    The names are the keys of a dict of outputs, or else the names of the layers that
+    return the outputs, numbered if they repeat.
     """
     if isinstance(model, keras.Sequential):
         names = [model.layers[-1].name] * len(keras.tree.flatten(model.outputs))
     else:
         names = _keys(structure_of(model, "output")) or model.output_names
-    # One layer may give several outputs: states, or those of several calls.
+    # A layer may return several outputs: its states, or the outputs of several calls.
     return numbered(names)
 
 
 def state_names(layer, count):
-    """The names of a recurrent layer's states, such as `lstm_h` and `lstm_c`."""
+    """Returns the names of a layer's states, such as `lstm_h` and `lstm_c`."""
     if count == 1:
         suffixes = ["h"]
     elif isinstance(getattr(layer, "cell", None), keras.layers.LSTMCell) or (
@@ -61,7 +63,7 @@ def state_names(layer, count):
 
 
 def _keys(structure):
-    """The keys of a flat dict, in the order in which `keras.tree` flattens it."""
+    """Returns the keys of a flat dict in the order of `keras.tree`, or `None`."""
     if isinstance(structure, dict):
         keys = keras.tree.flatten({key: key for key in structure})
         if len(keys) == len(keras.tree.flatten(structure)):

@@ -1,4 +1,4 @@
-"""Lists the operations of a SavedModel and those that TensorFlow Serving lacks."""
+"""Lists a SavedModel's operations and finds those that TensorFlow Serving lacks."""
 
 import collections
 import pathlib
@@ -8,10 +8,10 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 
 def saved_model_proto(version_directory):
-    """The `SavedModel` proto of a version.
+    """Reads the `SavedModel` proto of a version.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the directory holds no SavedModel.
     """
     path = pathlib.Path(version_directory) / "saved_model.pb"
     try:
@@ -24,7 +24,7 @@ def saved_model_proto(version_directory):
 
 
 def operations(proto):
-    """A `collections.Counter` of the operations in a graph and its functions."""
+    """Counts the operations in the graphs of a SavedModel and in their functions."""
     counts = collections.Counter()
     for meta_graph in proto.meta_graphs:
         graph = meta_graph.graph_def
@@ -36,7 +36,7 @@ def operations(proto):
 
 
 def why_not_served(name):
-    """Why stock TensorFlow Serving lacks an operation, or `None` if it has it."""
+    """Returns why stock TensorFlow Serving lacks an operation, or `None`."""
     if name in PYTHON:
         return "it runs Python"
     if name.startswith("Cudnn"):
@@ -47,7 +47,7 @@ def why_not_served(name):
 
 
 def xla_functions(proto):
-    """Names of functions that only XLA can run."""
+    """Returns the names of the functions that only XLA can run."""
     return [
         function.signature.name
         for meta_graph in proto.meta_graphs
@@ -57,7 +57,7 @@ def xla_functions(proto):
 
 
 def require_stock_operations(version_directory):
-    """Raises ValueError for an operation that TensorFlow Serving lacks."""
+    """Raises ValueError if stock TensorFlow Serving lacks an operation of a version."""
     lacking = {
         name: reason
         for name in operations(saved_model_proto(version_directory))
@@ -72,7 +72,7 @@ def require_stock_operations(version_directory):
 
 PYTHON = frozenset(["PyFunc", "PyFuncStateless", "EagerPyFunc", "NumpyFunction"])
 
-# What tensorflow-text registers; stock TensorFlow Serving links it.
+# The operations of tensorflow-text, which stock TensorFlow Serving links.
 TEXT_OPERATIONS = frozenset(
     [
         "CaseFoldUTF8",

@@ -1,4 +1,4 @@
-"""Checks the shapes of a signature's inputs by operations of the graph."""
+"""Checks the shapes of a signature's inputs with operations in the graph."""
 
 import tensorflow as tf
 
@@ -6,25 +6,27 @@ import tensorflow as tf
 def require_shapes(tensors, shapes):
     """Checks the ranks and sizes of tensors when the graph runs.
 
-    TensorFlow Serving does not compare a request with the shapes of the signature. A
-    tensor of a wrong shape would broadcast, or fail in the middle of the graph.
+    TensorFlow Serving does not compare the shapes of a request with the signature.
+    Without this check, a tensor of a wrong shape would broadcast, or fail in the middle
+    of the graph.
 
-    The check costs two operations a tensor and ten more, whatever the ranks.
+    The check adds two operations for each tensor and ten operations in all.
 
     Args:
         tensors: Dict of tensors.
-        shapes: Dict of the shape of each of them, a sequence of sizes: an int, or a
-            str such as `"B"` for a free size, which is the same wherever that str
-            stands. `...` at the end stands for any further axes. The first tensor
-            with a free size defines it.
+        shapes: Dict from the name of each tensor to its shape, a sequence of sizes. A
+            size is an int, or a str such as `"B"` for a free size. Sizes with the same
+            str must be equal. `...` at the end stands for any further axes. The first
+            tensor that has a free size defines its value.
 
     Returns:
-        Dict of tensors that depend on the check. If it fails, running them raises
-        `tf.errors.InvalidArgumentError`, whose text names the first wrong tensor, the
-        shape that it must have, and the shapes of all.
+        Dict of tensors that depend on the check. If the check fails, running these
+        tensors raises `tf.errors.InvalidArgumentError`. The message names the first
+        wrong tensor, its required shape, and the shapes of all tensors.
     """
-    # The sizes of all tensors in one vector, with -1 behind the last size of each. As
-    # long as the tensors before it are right, a tensor's sizes have fixed places.
+    # One vector holds the constants, then the sizes of all tensors, with END (-1) after
+    # the last size of each tensor. If all earlier tensors have the right rank, the
+    # positions of a tensor's sizes in this vector are known.
     constants = {END: 0}
     for shape in shapes.values():
         for size in shape:
@@ -48,17 +50,18 @@ def require_shapes(tensors, shapes):
     for name, shape in shapes.items():
         some = found[name][: len(shape) - 1] if ... in shape else found[name]
         parts += [some, [END]]
-    # Tensors of too few axes leave the vector shorter, and no index must miss it.
+    # Tensors of too low a rank shorten the vector: pad it to keep indices in range.
     parts.append([END] * len(where))
     every = tf.concat(parts, 0)
     given = every[len(constants) : len(constants) + len(where)]
-    # A free size equals itself, but an end must not pass for it.
+    # A free size is compared with itself: the floor of 0 rejects END in its position.
     wanted = tf.maximum(tf.gather(every, where), floor)
     same = tf.equal(given, wanted)
     data = [tf.gather(messages, tf.argmin(same))]
     for name, shape in found.items():
         data += [f"`{name}`", shape]
-    # Not `tf.debugging.Assert`: it wraps this operation in a conditional of a dozen.
+    # `tf.debugging.Assert` would wrap this operation in a conditional of a dozen
+    # operations.
     check = tf.raw_ops.Assert(condition=tf.reduce_all(same), data=data, summarize=8)
     with tf.control_dependencies([check]):
         return {name: tf.identity(x) for name, x in tensors.items()}
@@ -68,13 +71,13 @@ END = -1
 
 
 def _shape_when_run(x):
-    """The shape of a tensor, as a tensor that no optimizer replaces by a constant.
+    """Returns the shape of a tensor when the graph runs, never as a constant.
 
-    `tf.shape` and Grappler take a shape for a fact if the signature fixes all of it.
-    They do not look into an `Optional`.
+    `tf.shape` and Grappler replace a fully defined shape by a constant, although a
+    request may have another shape. They cannot see the shape inside an `Optional`.
     """
     if x.shape.is_fully_defined():
-        with tf.device("CPU:0"):  # the GPU's kernel takes no strings
+        with tf.device("CPU:0"):  # the GPU kernel does not support strings
             wrapped = tf.raw_ops.OptionalFromValue(components=[x])
             (x,) = tf.raw_ops.OptionalGetValue(
                 optional=wrapped, output_types=[x.dtype], output_shapes=[None]

@@ -4,7 +4,7 @@ import keras
 
 
 def structure_of(model, end):
-    """The tensors at one end of a model, nested as its user nested them.
+    """Returns the input or output tensors of a model, nested as its user nested them.
 
     Args:
         model: A Sequential or Functional model.
@@ -17,5 +17,5 @@ def structure_of(model, end):
 
 
 def nested_inputs(model, flat):
-    """Nests a list of flat inputs as a model takes them."""
+    """Packs a list of flat inputs into the structure that a model takes."""
     return keras.tree.pack_sequence_as(structure_of(model, "input"), flat)

@@ -1,6 +1,7 @@
-"""Writes and reads the requests that TensorFlow Serving runs when it loads a version.
+"""Writes and reads the warm-up requests of a version.
 
-Imports no Keras, so that a server can use it.
+TensorFlow Serving runs these requests when it loads the version. This module does not
+import Keras, so that a server can use it.
 """
 
 import pathlib
@@ -11,11 +12,11 @@ from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 WARMUP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
-MOST_RECORDS = 1000  # TensorFlow Serving refuses a file of more
+MOST_RECORDS = 1000  # the limit of TensorFlow Serving
 
 
 def write_warmup(version_directory, requests):
-    """Writes `assets.extra/tf_serving_warmup_requests` of a version.
+    """Writes warm-up requests to a version's `tf_serving_warmup_requests` file.
 
     Args:
         version_directory: Path of the SavedModel.
@@ -45,9 +46,10 @@ def read_warmup(version_directory):
         `PredictionLog`s; none if the version has no warm-up requests.
 
     Raises:
-        tf.errors.DataLossError: If the file is not one of TFRecords.
-        tf.errors.InvalidArgumentError: For a record that is not a `PredictionLog`, or
-            more than 1000 records; in the words of TensorFlow Serving.
+        tf.errors.DataLossError: If the file is not a TFRecord file.
+        tf.errors.InvalidArgumentError: If a record is not a `PredictionLog`, or the
+            file has more than 1000 records. The messages are those of TensorFlow
+            Serving.
     """
     path = pathlib.Path(version_directory) / WARMUP_FILE
     if not path.exists():
@@ -72,14 +74,14 @@ def read_warmup(version_directory):
 
 
 def replay_warmup(version_directory, signatures):
-    """Runs the warm-up requests of a version, as a server does when it loads it.
+    """Runs the warm-up requests of a version, as a server does on loading.
 
     Args:
         version_directory: Path of the SavedModel.
         signatures: The signatures of the loaded model.
 
     Returns:
-        The number of requests that were answered.
+        int, the number of requests run.
     """
     count = 0
     for log in read_warmup(version_directory):
@@ -94,18 +96,19 @@ def replay_warmup(version_directory, signatures):
 
 
 def checked_requests(warmup, functions):
-    """Checks that the warm-up requests of a user fit their signatures.
+    """Checks that the user's warm-up requests match their signatures.
 
     Args:
         warmup: Dict from signature name to a list of requests, each a dict of arrays;
-            or such a list, for `serving_default`.
+            or a list of requests for `serving_default`.
         functions: Dict from signature name to concrete function.
 
     Returns:
         List of `(signature_name, inputs)`.
 
     Raises:
-        ValueError: For a request that does not fit, or more than 1000 of them.
+        ValueError: If a request does not match its signature, or there are more than
+            1000 requests.
     """
     if not isinstance(warmup, dict):
         warmup = {"serving_default": warmup}
@@ -148,7 +151,7 @@ def _checked(request, specs, place):
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"`warmup` must hold {spec.dtype.name} for {name!r}. Received: "
-                f"warmup[{place}] which fails with: {error}"
+                f"warmup[{place}], which fails with: {error}"
             ) from error
         if not spec.shape.is_compatible_with(np.shape(array)):
             raise ValueError(

@@ -35,7 +35,7 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
     Args:
         {normalization}
 
-    All other arguments, the call arguments and what is returned are those of
+    All other arguments, the call arguments and the return values are those of
     `keras.layers.GRUCell`. `beta` is the bias of the input projection: the first
     row of the stock cell's bias. It takes `use_bias` and the `bias_*` arguments,
     as `recurrent_bias`, the second row, does. `dropout` and `recurrent_dropout` must
@@ -230,7 +230,7 @@ class BNGRU(BNRNN):
     Args:
         {normalization}
 
-    All other arguments, the call arguments and what is returned are those of
+    All other arguments, the call arguments and the return values are those of
     `keras.layers.GRU`, with the same defaults. `beta` takes the place of the bias of
     the input projection; `recurrent_bias` is the second row of the stock layer's
     bias. `use_bias` and the `bias_*` arguments hold for both. `dropout` and
@@ -238,17 +238,17 @@ class BNGRU(BNRNN):
     See below for `use_cudnn`.
 
     On a GPU the fused cuDNN kernel runs the recurrence with the folded weights of the
-    batch, or of the population, where Keras' own layer would take it,
-    training statistics are sequence-wise and there is no mask. `use_cudnn=True` takes
-    it with a mask too, all padding on the right and no row empty, fails for another
-    one, and raises an error where there is no such kernel. `"auto"` (default) then
-    runs the time loop, `False` always. TensorFlow's XLA has no such kernel: on a GPU
-    compile models with `jit_compile=False`, or pass `use_cudnn=False`.
+    batch, or of the population, whatever the mask. It needs sequence-wise training
+    statistics, and arguments with which Keras' own layer would take it. In other cases
+    `use_cudnn="auto"` (default) runs the time loop, and `True` raises an error. `False`
+    always runs the time loop. TensorFlow's XLA has no such kernel: on a GPU compile
+    models with `jit_compile=False`, or pass `use_cudnn=False`.
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
-        mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
-            false has no effect. Default: `None`.
+        mask: Boolean tensor of shape (B, T), true at valid frames, any pattern. Masked
+            frames, NaN included, have no effect. A timestep is one of a sequence's
+            own valid frames. Default: `None`.
         training: Whether to use, and learn from, the batch's statistics.
         initial_state: List of one tensor of shape (B, U). Default: zeros.
 

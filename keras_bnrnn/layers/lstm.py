@@ -36,7 +36,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
             a_i, `p_f * c_{t-1}` to a_f and `p_o * c_t` to a_o, after
             normalisation. Default: `False`.
 
-    All other arguments, the call arguments and what is returned are those of
+    All other arguments, the call arguments and the return values are those of
     `keras.layers.LSTMCell`. `beta`, the bias of the input projection, takes
     `use_bias`, `unit_forget_bias` and the `bias_*` arguments. `dropout` and
     `recurrent_dropout` must be in [0, 1); all gates share one mask.
@@ -281,25 +281,25 @@ class BNLSTM(BNRNN):
             a_i, `p_f * c_{t-1}` to a_f and `p_o * c_t` to a_o, after
             normalisation. Default: `False`.
 
-    All other arguments, the call arguments and what is returned are those of
+    All other arguments, the call arguments and the return values are those of
     `keras.layers.LSTM`, with the same defaults. `beta` takes the place of the bias,
     and with it `use_bias`, `unit_forget_bias` and the `bias_*` arguments.
     `dropout` and `recurrent_dropout` must be in [0, 1); all gates share one
     mask. See below for `use_cudnn`.
 
     On a GPU the fused cuDNN kernel runs the recurrence with the folded weights of the
-    batch, or of the population, where Keras' own layer would take it, there is no
-    peephole, training statistics are sequence-wise and there is no mask.
-    `use_cudnn=True` takes it with a mask too, all padding on the right and no row
-    empty, fails for another one, and raises an error where there is no such kernel.
-    `"auto"` (default) then runs the time loop, `False` always. TensorFlow's XLA has no
+    batch, or of the population, whatever the mask. It needs sequence-wise training
+    statistics, and arguments with which Keras' own layer would take it, without
+    `peephole`. In other cases `use_cudnn="auto"` (default) runs the time loop, and
+    `True` raises an error. `False` always runs the time loop. TensorFlow's XLA has no
     such kernel: on a GPU compile models with `jit_compile=False`, or pass
     `use_cudnn=False`.
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
-        mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
-            false has no effect. Default: `None`.
+        mask: Boolean tensor of shape (B, T), true at valid frames, any pattern. Masked
+            frames, NaN included, have no effect. A timestep is one of a sequence's
+            own valid frames. Default: `None`.
         training: Whether to use, and learn from, the batch's statistics.
         initial_state: List of two tensors of shape (B, U), h and c. Default: zeros.
 

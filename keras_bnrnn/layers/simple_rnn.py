@@ -26,7 +26,7 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
     Args:
         {normalization}
 
-    All other arguments, the call arguments and what is returned are those of
+    All other arguments, the call arguments and the return values are those of
     `keras.layers.SimpleRNNCell`. `beta`, the bias of the input projection, takes
     `use_bias` and the `bias_*` arguments. `dropout` and `recurrent_dropout` must be
     in [0, 1).
@@ -123,15 +123,16 @@ class BNSimpleRNN(BNRNN):
     Args:
         {normalization}
 
-    All other arguments, the call arguments and what is returned are those of
+    All other arguments, the call arguments and the return values are those of
     `keras.layers.SimpleRNN`, with the same defaults. `beta` takes the place of the
     bias, and with it `use_bias` and the `bias_*` arguments. `dropout` and
     `recurrent_dropout` must be in [0, 1).
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
-        mask: Boolean tensor of shape (B, T), any pattern. What stands where it is
-            false has no effect. Default: `None`.
+        mask: Boolean tensor of shape (B, T), true at valid frames, any pattern. Masked
+            frames, NaN included, have no effect. A timestep is one of a sequence's
+            own valid frames. Default: `None`.
         training: Whether to use, and learn from, the batch's statistics.
         initial_state: List of one tensor of shape (B, U). Default: zeros.
 

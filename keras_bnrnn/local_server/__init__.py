@@ -1,4 +1,4 @@
-"""A local model server for development; production is TensorFlow Serving."""
+"""Serves SavedModels locally for development. Use TensorFlow Serving in production."""
 
 from keras_bnrnn.local_server.server import ModelServer
 

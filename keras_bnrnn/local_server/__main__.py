@@ -1,4 +1,4 @@
-"""The local server as a command: `keras-bnrnn serve NAME=DIR ...`."""
+"""Runs the local server for the command `keras-bnrnn serve NAME=DIR ...`."""
 
 import logging
 import signal
@@ -14,15 +14,15 @@ def main(argv=None):
 
 
 def run(args):
-    """Serves until SIGTERM or SIGINT.
+    """Runs the server until SIGTERM or SIGINT.
 
     Args:
-        args: what `keras_bnrnn_cli.arguments.serve` parsed.
+        args: The namespace that `keras_bnrnn_cli.arguments.serve` returns.
 
     Returns:
-        int, the exit status.
+        int, the exit status: 1 if the server cannot start, otherwise 0.
     """
-    # Versions that come and go are told on standard error.
+    # Logs loaded and unloaded versions to standard error.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("keras_bnrnn").setLevel(logging.INFO)
     try:
@@ -37,7 +37,7 @@ def run(args):
             version_labels=_labels(args.label),
         )
         stopping = threading.Event()
-        # Before the first request is taken, so that none is lost to a signal.
+        # Set before the first request, so that a signal cannot lose a request.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
         server.start()

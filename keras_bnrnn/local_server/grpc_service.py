@@ -1,4 +1,4 @@
-"""The gRPC side of the local model server, on TensorFlow Serving's services."""
+"""Implements TensorFlow Serving's gRPC services for the local model server."""
 
 import concurrent.futures
 import functools
@@ -18,28 +18,28 @@ from keras_bnrnn.local_server import predict
 
 _logger = logging.getLogger(__name__)
 
-# More than the cores can use at once: they wait in TensorFlow for one another.
+# More threads than cores, since threads wait for TensorFlow.
 _THREADS = 32
 
-# An error travels in a header; TensorFlow Serving has this limit, too.
+# gRPC sends an error in a header. TensorFlow Serving has the same limit.
 _MAX_ERROR_LENGTH = 1024
 
 
 def make_server(models, metrics, address, max_request_bytes):
-    """Makes a gRPC server, which is not started.
+    """Makes a gRPC server without starting it.
 
     Args:
         models: `Models`.
         metrics: `Metrics`.
-        address: str, `host:port`; port 0 picks a free one.
-        max_request_bytes: int, the largest request; a larger one is answered with
+        address: str, `host:port`; port 0 picks a free port.
+        max_request_bytes: int, the size limit of a request; a larger request fails with
             RESOURCE_EXHAUSTED.
 
     Returns:
-        The server and its port.
+        The `grpc.Server` and its port.
 
     Raises:
-        OSError: if it cannot listen at the address.
+        OSError: If the server cannot listen at the address.
     """
     server = grpc.server(
         concurrent.futures.ThreadPoolExecutor(
@@ -49,7 +49,7 @@ def make_server(models, metrics, address, max_request_bytes):
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", -1),
-            # Or a second server could take a share of the requests.
+            # Otherwise a second server could listen at the same port.
             ("grpc.so_reuseport", 0),
         ],
     )
@@ -67,7 +67,7 @@ def make_server(models, metrics, address, max_request_bytes):
 
 
 def _answered(method):
-    """A method of a service that counts its requests and answers its errors."""
+    """Wraps a service method: counts requests, and turns errors into gRPC statuses."""
 
     @functools.wraps(method)
     def answer(self, request, context):
@@ -166,9 +166,10 @@ class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
 
 
 class _Parser(grpc.ServerInterceptor):
-    """Hands on the error of a request that cannot be parsed, to be answered as such.
+    """Passes the error of a malformed request to the service method.
 
-    gRPC itself would call it an internal error of the server.
+    The method then fails with INVALID_ARGUMENT. Without this interceptor, gRPC itself
+    would report INTERNAL.
     """
 
     def intercept_service(self, continuation, handler_call_details):
@@ -187,7 +188,7 @@ class _Parser(grpc.ServerInterceptor):
         )
 
 
-# The numbers are the same in both.
+# TensorFlow and gRPC use the same numbers for error codes.
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -205,5 +206,5 @@ def _unimplemented(method):
     return tf.errors.UnimplementedError(
         None,
         None,
-        f"{method} is not part of the local server; TensorFlow Serving has it",
+        f"The local server does not implement {method}; TensorFlow Serving does",
     )

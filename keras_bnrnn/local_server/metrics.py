@@ -1,4 +1,4 @@
-"""What the local server counts, in Prometheus' terms."""
+"""Collects Prometheus metrics of the local server."""
 
 import contextlib
 import dataclasses
@@ -11,14 +11,14 @@ _PREFIX = "keras_bnrnn_serving_"
 
 @dataclasses.dataclass
 class Record:
-    """What is known of a request by the time it is answered.
+    """The metric labels of one request.
 
-    A label stays empty until its value was found to exist on the server: a client
-    that invents names makes no new time series.
+    `model`, `version` and `signature` stay empty unless they exist on the server, so
+    that requests with unknown names create no new time series.
 
     Attributes:
-        status: str, the HTTP status of a REST answer (`200`), the name of the status
-            code of a gRPC one (`OK`); `ABANDONED` if there was no answer.
+        status: str, the HTTP status of a REST response (`200`) or the name of the
+            status code of a gRPC response (`OK`); `ABANDONED` if there was no response.
         model: str, the name of the model.
         version: str, the version of the model.
         signature: str, the name of the signature.
@@ -31,7 +31,7 @@ class Record:
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own.
+    """The metrics of one server, in a separate registry.
 
     | name | kind | labels |
     |---|---|---|
@@ -42,8 +42,8 @@ class Metrics:
     | `keras_bnrnn_serving_load_failures_total` | counter | model |
 
     `protocol` is `rest` or `grpc`; `method` is `Predict`, `GetModelMetadata`,
-    `GetModelStatus`, `Classify`, `Regress` or `MultiInference`. The other labels are
-    those of `Record`.
+    `GetModelStatus`, `Classify`, `Regress` or `MultiInference`. `Record` describes the
+    other labels.
     """  # noqa: E501
 
     def __init__(self):
@@ -56,20 +56,20 @@ class Metrics:
         )
         self._seconds = prometheus_client.Histogram(
             _PREFIX + "request_seconds",
-            "Seconds from a request's arrival to its answer.",
+            "Seconds from the arrival of a request to its response.",
             ["protocol", "method", "model"],
             buckets=[b * 10.0**e for e in range(-4, 1) for b in (1, 2.5, 5)] + [10.0],
             registry=self.registry,
         )
         self._in_flight = prometheus_client.Gauge(
             _PREFIX + "requests_in_flight",
-            "Requests that are not answered yet.",
+            "Requests in progress.",
             ["protocol"],
             registry=self.registry,
         )
         self._loaded = prometheus_client.Gauge(
             _PREFIX + "loaded_version",
-            "1 for each version that is served.",
+            "1 for each served version.",
             ["model", "version"],
             registry=self.registry,
         )
@@ -82,14 +82,14 @@ class Metrics:
 
     @contextlib.contextmanager
     def request(self, protocol, method):
-        """Counts the request that is answered in its body.
+        """Counts and times one request inside a `with` block.
 
         Args:
             protocol: str, `rest` or `grpc`.
-            method: str, the method's name in TensorFlow Serving's service definition.
+            method: str, the name of the method in TensorFlow Serving's services.
 
         Yields:
-            A `Record` to fill in.
+            A `Record`; the block sets its attributes.
         """
         record = Record()
         in_flight = self._in_flight.labels(protocol)
@@ -111,22 +111,22 @@ class Metrics:
             ).inc()
 
     def loaded(self, model, version):
-        """Notes a version that is served from now on."""
+        """Records that a version is served."""
         self._loaded.labels(model, str(version)).set(1)
 
     def unloaded(self, model, version):
-        """Notes a version that is no longer served."""
+        """Records that a version is no longer served."""
         self._loaded.remove(model, str(version))
 
     def load_failed(self, model):
-        """Notes a version that failed to load."""
+        """Records that a version failed to load."""
         self._load_failures.labels(model).inc()
 
     def text(self):
-        """The metrics as Prometheus reads them.
+        """Formats the metrics for Prometheus.
 
         Returns:
-            Bytes, and their content type.
+            The text as bytes, and its content type.
         """
         content = prometheus_client.generate_latest(self.registry)
         return content, prometheus_client.CONTENT_TYPE_LATEST

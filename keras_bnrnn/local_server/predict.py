@@ -1,6 +1,6 @@
-"""TensorFlow Serving's protos: requests to tensors, tensors to answers.
+"""Converts TensorFlow Serving's protos to tensors and tensors to protos.
 
-Errors have the status codes and the words of TensorFlow Serving, where it has any.
+Errors have the status codes and messages of TensorFlow Serving, if it raises an error.
 """
 
 import math
@@ -14,7 +14,7 @@ _INIT_OP = "__saved_model_init_op"
 
 
 def find_signature(request, signatures):
-    """Finds the signature that a request names.
+    """Finds the signature of a request.
 
     Args:
         request: `PredictRequest`.
@@ -24,10 +24,10 @@ def find_signature(request, signatures):
         The signature's name and its `SignatureDef`.
 
     Raises:
-        tf.errors.FailedPreconditionError: if there is none of that name.
+        tf.errors.FailedPreconditionError: If the model has no such signature.
     """
     name = request.model_spec.signature_name or DEFAULT_SIGNATURE
-    # An op that initialises the model is listed with the signatures.
+    # The signatures of a SavedModel include its initialisation op.
     if name not in signatures or name == _INIT_OP:
         raise tf.errors.FailedPreconditionError(
             None, None, f'Serving signature key "{name}" not found.'
@@ -41,15 +41,15 @@ def read_inputs(request, signature, max_bytes):
     Args:
         request: `PredictRequest`.
         signature: `SignatureDef`.
-        max_bytes: int, the most that a tensor may take in memory: a proto may give
-            one value for all the elements of a large shape.
+        max_bytes: int, the size limit of a tensor in memory. A small proto can describe
+            a large tensor, since one value can stand for all elements.
 
     Returns:
-        Dict of input name -> tensor, of the signature's dtypes and shapes.
+        Dict from input name to tensor, with the dtypes and shapes of the signature.
 
     Raises:
-        tf.errors.InvalidArgumentError: if the inputs do not fit the signature.
-        tf.errors.ResourceExhaustedError: for a tensor beyond `max_bytes`.
+        tf.errors.InvalidArgumentError: If the inputs do not match the signature.
+        tf.errors.ResourceExhaustedError: If a tensor exceeds `max_bytes`.
     """
     sent, wanted = set(request.inputs), set(signature.inputs)
     if len(sent) != len(wanted):
@@ -72,17 +72,17 @@ def read_inputs(request, signature, max_bytes):
 
 
 def filter_outputs(request, signature):
-    """The names of the outputs that a request asks for.
+    """Returns the names of the outputs that a request asks for.
 
     Args:
         request: `PredictRequest`.
         signature: `SignatureDef`.
 
     Returns:
-        List of names: those of `output_filter`, all if it is empty.
+        List of the names in `output_filter`, or of all outputs if it is empty.
 
     Raises:
-        tf.errors.InvalidArgumentError: for a name that does not exist or is repeated.
+        tf.errors.InvalidArgumentError: If a name is unknown or repeated.
     """
     names = list(request.output_filter)
     for index, name in enumerate(names):
@@ -97,21 +97,21 @@ def filter_outputs(request, signature):
 
 
 def write_tensor(array, proto):
-    """Writes an output, in the field of its dtype as TensorFlow Serving does.
+    """Writes an output to a proto, in the same field as TensorFlow Serving.
 
     Args:
-        array: what `Tensor.numpy()` returned; strings are bytes.
-        proto: the `TensorProto` to fill in.
+        array: The value of `Tensor.numpy()`; strings are bytes.
+        proto: The `TensorProto` to write to.
     """
     array = np.asarray(array)
     dtype = tf.string if array.dtype == object else tf.as_dtype(array.dtype)
     proto.dtype = dtype.as_datatype_enum
-    proto.tensor_shape.SetInParent()  # a scalar has a shape, too
+    proto.tensor_shape.SetInParent()  # for scalars: an empty shape
     for size in array.shape:
         proto.tensor_shape.dim.add(size=size)
     values = array.ravel()
     if dtype.is_complex:
-        # Real and imaginary parts by turns.
+        # Real and imaginary parts alternate.
         values = values.view(values.real.dtype)
     elif dtype in (tf.float16, tf.bfloat16):
         values = values.view(np.uint16)
@@ -143,7 +143,7 @@ _FIELDS = {
 
 
 def invalid_argument(message):
-    """The error of a request that is at fault."""
+    """Returns the error for an invalid request."""
     return tf.errors.InvalidArgumentError(None, None, message)
 
 
@@ -162,7 +162,7 @@ def _read_tensor(proto, name, info, max_bytes):
         raise invalid_argument(
             f"`{name}` must have the shape {shape}. Received: shape={sizes}"
         )
-    # Strings count by their number here; their bytes were counted in the request.
+    # Strings count as one byte each: the limit of the request bounds their bytes.
     if math.prod(sizes) * max(expected.size or 1, 1) > max_bytes:
         raise tf.errors.ResourceExhaustedError(
             None,
@@ -176,7 +176,7 @@ def _read_tensor(proto, name, info, max_bytes):
 
 
 def _dtype_name(number):
-    """TensorFlow's own name, as in `double`; a number that it does not know as such."""
+    """Returns TensorFlow's name of a dtype, such as `double`, or its unknown number."""
     if number not in types_pb2.DataType.values():
         return f"dtype {number}"
     return types_pb2.DataType.Name(number).removeprefix("DT_").lower()

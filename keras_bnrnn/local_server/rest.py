@@ -1,7 +1,7 @@
-"""TensorFlow Serving's JSON: requests to arrays, arrays to answers.
+"""Converts TensorFlow Serving's JSON to arrays and arrays to JSON.
 
-Where TensorFlow Serving's own words may be matched by a client's code, they are kept;
-elsewhere a message names the input and the value.
+An error message is the message of TensorFlow Serving if clients may depend on it. Other
+messages name the input and the value.
 """
 
 import base64
@@ -19,11 +19,11 @@ from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
 
 class RestError(Exception):
-    """An answer other than 200.
+    """An HTTP response with a status other than 200.
 
     Args:
         status: int, the HTTP status.
-        message: str, what the client reads under `error`; None for an empty body.
+        message: str, the value of `error` in the response; `None` for an empty body.
     """
 
     def __init__(self, status, message):
@@ -38,8 +38,9 @@ class PredictRequest:
 
     Attributes:
         signature_name: str.
-        row: bool; True for a list of instances, False for columns.
-        values: the JSON value under `instances` or `inputs`.
+        row: bool, True for row format (`instances`), False for column format
+            (`inputs`).
+        values: The JSON value of `instances` or `inputs`.
     """
 
     signature_name: str
@@ -48,7 +49,7 @@ class PredictRequest:
 
     @classmethod
     def parse(cls, body):
-        """Reads a request body.
+        """Parses a request body.
 
         Args:
             body: bytes.
@@ -57,11 +58,11 @@ class PredictRequest:
             A `PredictRequest`.
 
         Raises:
-            RestError: 400 if it is not JSON of a predict request's form.
+            RestError: 400 if the body is not the JSON of a predict request.
         """
         try:
             content = _loads(body)
-        # ValueError is also the parent of the UTF-8 and JSON errors.
+        # The UTF-8 and JSON errors are subclasses of ValueError.
         except (ValueError, RecursionError) as error:
             raise RestError(400, f"JSON Parse error: {error}") from error
         if not isinstance(content, dict):
@@ -95,18 +96,18 @@ class PredictRequest:
         return cls(signature_name or "serving_default", row, values)
 
     def inputs(self, signatures):
-        """Converts the values to what the signature takes.
+        """Converts the values to the inputs of the signature.
 
         Args:
             signatures: dict of signature name -> `SignatureDef`.
 
         Returns:
-            Dict of input name -> NumPy array, of the signature's dtype; strings are
+            Dict from input name to NumPy array of the signature's dtype. Strings are
             bytes in an array of objects.
 
         Raises:
-            RestError: 400 if the signature does not exist or the values do not fit
-                it, 501 for a dtype that JSON cannot carry.
+            RestError: 400 if the signature does not exist or the values do not match
+                it; 501 if JSON cannot represent a dtype.
         """
         signature = signatures.get(self.signature_name)
         if signature is None:
@@ -124,17 +125,17 @@ class PredictRequest:
         return {name: _to_array(columns[name], name, infos[name]) for name in infos}
 
     def answer(self, outputs):
-        """Converts a signature's outputs to the answer.
+        """Converts the outputs of a signature to the response.
 
         Args:
-            outputs: dict of output name -> NumPy array.
+            outputs: Dict from output name to NumPy array.
 
         Returns:
             A dict that `dumps` can write.
 
         Raises:
-            RestError: 400 for a dtype that JSON cannot carry and, for a request of
-                instances, for outputs that do not share a batch dimension.
+            RestError: 400 if JSON cannot represent a dtype, or if a request in row
+                format has outputs of different batch sizes.
         """
         if self.row:
             _check_batch(outputs)
@@ -192,10 +193,10 @@ class PredictRequest:
 
 
 def status(response):
-    """The answer to a model status request.
+    """Converts a response to a model status request to JSON values.
 
     Args:
-        response: a `GetModelStatusResponse`.
+        response: A `GetModelStatusResponse`.
 
     Returns:
         A dict that `dumps` can write.
@@ -204,10 +205,10 @@ def status(response):
 
 
 def metadata(servable):
-    """The answer to a model metadata request.
+    """Makes the response to a model metadata request.
 
     Args:
-        servable: a `Servable`.
+        servable: A `Servable`.
 
     Returns:
         A dict that `dumps` can write.
@@ -217,8 +218,8 @@ def metadata(servable):
     signatures = get_model_metadata_pb2.SignatureDefMap(
         signature_def=servable.signatures
     )
-    # Assembled by hand, as TensorFlow Serving does: the response proto wraps the
-    # signatures in an `Any`, whose type would show in the JSON.
+    # Not converted from the response proto, which wraps the signatures in an `Any`: the
+    # JSON would contain the type of the `Any`. TensorFlow Serving does the same.
     return {
         "model_spec": _proto_to_json(model_spec),
         "metadata": {"signature_def": _proto_to_json(signatures)},
@@ -229,20 +230,20 @@ def dumps(value):
     """Writes JSON as TensorFlow Serving does, with NaN, Infinity and -Infinity.
 
     Args:
-        value: what `PredictRequest.answer`, `status` or `metadata` returned.
+        value: A result of `PredictRequest.answer`, `status` or `metadata`.
 
     Returns:
         Bytes.
     """
-    # An error message may quote half of a surrogate pair out of a request.
+    # "replace": an error message may quote a lone surrogate from a request.
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "replace")
 
 
 def _loads(body):
-    """Parses JSON as RapidJSON does for TensorFlow Serving.
+    """Parses JSON as RapidJSON does in TensorFlow Serving.
 
-    NaN, Infinity and -Infinity are numbers, and a byte order mark is skipped.
+    Accepts NaN, Infinity and -Infinity as numbers, and skips a byte order mark.
     """
     return json.loads(
         body.decode("utf-8-sig"),
@@ -261,12 +262,12 @@ def _parse_float(text):
 
 def _parse_int(text):
     value = int(text)
-    # An integer beyond 64 bits counts as a float.
+    # An integer of more than 64 bits becomes a float.
     return value if -(2**63) <= value < 2**64 else _parse_float(text)
 
 
 def _keep_first(pairs):
-    """Makes a dict of which a repeated key has its first value."""
+    """Makes a dict of JSON pairs; a repeated key keeps its first value."""
     content = {}
     for key, value in pairs:
         content.setdefault(key, value)
@@ -277,9 +278,9 @@ def _to_array(value, name, info):
     expected = tf.TensorShape(info.tensor_shape)
     nesting = shape = _dense_shape(value)
     if shape[-1:] == (0,) and expected.rank is not None:
-        # JSON has no sizes behind an empty list; the signature has.
+        # JSON gives no sizes after an empty list: take them from the signature.
         shape += tuple(size or 0 for size in expected.as_list()[len(shape) :])
-    # NumPy has no arrays of more dimensions, should the signature not say how many.
+    # NumPy supports at most 32 axes, which matters if the signature has no fixed rank.
     if not expected.is_compatible_with(shape) or len(shape) > 32:
         raise RestError(
             400,
@@ -331,7 +332,7 @@ def _describe(item):
 def _convert(leaves, dtype, name, shape):
     if dtype.name in _FLOATS:
         _check_leaves(leaves, {int, float}, None, dtype, name, shape)
-        # By way of doubles, and rounded to infinity, as in TensorFlow Serving.
+        # As TensorFlow Serving: convert through float64; overflow gives infinity.
         with np.errstate(over="ignore"):
             return np.array(leaves, np.float64).astype(dtype.as_numpy_dtype)
     if dtype.name in _INTEGERS:
@@ -363,7 +364,7 @@ _INTEGERS = {"int8", "int16", "int32", "int64", "uint8", "uint32", "uint64"}
 
 
 def _check_leaves(leaves, types, valid, dtype, name, shape):
-    # The set of types is quick, so the slow loop runs only if there is an error.
+    # This check is fast; the slow loop below runs only to find the wrong element.
     if set(map(type, leaves)) <= types and (not valid or all(map(valid, leaves))):
         return
     for index, leaf in enumerate(leaves):
@@ -376,13 +377,13 @@ def _check_leaves(leaves, types, valid, dtype, name, shape):
 
 
 def _to_bytes(leaf):
-    """The bytes of a string or of base64 data, None if it is malformed."""
+    """Returns the bytes of a string or of base64 data, or `None` if malformed."""
     with contextlib.suppress(ValueError):
         if isinstance(leaf, str):
             return leaf.encode("utf-8")
         if not _is_object(leaf):
             text = "".join(leaf["b64"].split())
-            # TensorFlow Serving's decoder does without the padding.
+            # TensorFlow Serving's decoder accepts base64 without padding.
             return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     return None
 
@@ -409,8 +410,8 @@ def _to_json(array, name):
     if isinstance(array, bytes) or array.dtype == object:
         return _strings_to_json(np.asarray(array, object), name)
     if array.dtype == np.float32:
-        # By way of the shortest decimal that is this float32: 0.2, where the exact
-        # value as a double would be written 0.20000000298023224.
+        # Writes the shortest decimal that equals this float32, such as 0.2, instead of
+        # its float64 value 0.20000000298023224.
         return array.astype(str).astype(np.float64).tolist()
     if array.dtype.name in _FLOATS | _INTEGERS | {"bool"}:
         return array.tolist()
@@ -439,7 +440,7 @@ def _strings_to_json(array, name):
 
 
 def _is_object(value):
-    """Whether it is an object of named values and not one of base64 data."""
+    """Returns whether a value is a JSON object other than base64 data."""
     is_base64 = (
         isinstance(value, dict)
         and list(value) == ["b64"]

@@ -1,4 +1,4 @@
-"""A version of a SavedModel in memory."""
+"""Loads a version of a SavedModel and runs its signatures."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ from keras_bnrnn.export.operations import saved_model_proto
 from keras_bnrnn.export.warmup import WARMUP_FILE, read_warmup
 from keras_bnrnn.local_server import predict
 
-# Only registers its ops, for the models that have some of them.
+# The import registers the ops of tensorflow-text, which some models use.
 with contextlib.suppress(ImportError):
     import tensorflow_text  # noqa: F401
 
@@ -20,22 +20,22 @@ _logger = logging.getLogger(__name__)
 class Servable:
     """A version of a SavedModel, loaded and warmed up.
 
-    The requests in `assets.extra/tf_serving_warmup_requests`, if there is such a
-    file, are answered before the version counts as loaded.
+    The constructor runs the requests in `assets.extra/tf_serving_warmup_requests`, if
+    this file exists.
 
     Args:
-        name: str, the model's name.
+        name: str, the name of the model.
         version: int.
-        directory: path of the SavedModel.
+        directory: `pathlib.Path` of the SavedModel.
 
     Attributes:
-        name: the model's name.
-        version: the version.
-        signatures: dict of signature name -> `SignatureDef`.
-        in_flight: int, the number of requests that it is answering.
+        name: The name of the model.
+        version: The version.
+        signatures: Dict from signature name to `SignatureDef`.
+        in_flight: int, the number of requests in progress.
 
     Raises:
-        ValueError: if it cannot be loaded, or a warm-up request fails.
+        ValueError: If the SavedModel cannot be loaded, or a warm-up request fails.
     """
 
     def __init__(self, name, version, directory):
@@ -44,13 +44,13 @@ class Servable:
         self.in_flight = 0
         self._lock = threading.Lock()
         try:
-            # Kept whole: the signatures do not keep the model's variables alive.
+            # Keeps the whole model: signatures do not keep its variables alive.
             self._model = tf.saved_model.load(
                 str(directory), tags=[tf.saved_model.SERVING]
             )
             self.signatures = _read_signatures(directory)
             self._warm_up(directory)
-        # The loader raises nearly anything, depending on what is broken.
+        # The loader raises many kinds of errors for a broken SavedModel.
         except Exception as error:
             raise ValueError(
                 f"The SavedModel of `{name}` cannot be loaded. "
@@ -62,14 +62,14 @@ class Servable:
 
         Args:
             signature_name: str, a name in `signatures`.
-            inputs: dict of input name -> array or tensor, of the signature's dtypes
-                and shapes.
+            inputs: Dict from input name to array or tensor, with the dtypes and shapes
+                of the signature.
 
         Returns:
-            Dict of output name -> array; strings are bytes in an array of objects.
+            Dict from output name to array. Strings are bytes in an array of objects.
 
         Raises:
-            tf.errors.OpError: if the model fails.
+            tf.errors.OpError: If the model fails.
         """
         with self._lock:
             self.in_flight += 1
@@ -103,7 +103,7 @@ class Servable:
     def _replay(self, request):
         name, signature = predict.find_signature(request, self.signatures)
         predict.filter_outputs(request, signature)
-        # As large as a proto can be.
+        # 2**31 bytes: the size limit of a proto.
         self.predict(name, predict.read_inputs(request, signature, 2**31))
 
 
@@ -118,6 +118,6 @@ def _read_logs(directory):
     try:
         yield from read_warmup(directory)
     except tf.errors.DataLossError as error:
-        # TensorFlow Serving serves such a version all the same.
+        # TensorFlow Serving loads such a version as well.
         path = directory / WARMUP_FILE
         _logger.warning("%s is not a file of TFRecords: %s", path, error.message)

@@ -1,4 +1,4 @@
-"""The local model server: its arguments, its routes over HTTP, start and stop."""
+"""Defines `ModelServer`: its arguments, HTTP routes, start and stop."""
 
 import logging
 import socket
@@ -29,13 +29,13 @@ except ImportError as error:
 
 _logger = logging.getLogger(__name__)
 
-# Requests in flight get this long to finish after `stop()`.
+# Time for requests in progress to finish after `stop()`.
 _GRACE_SECONDS = 30
 
-# The `wbits` of zlib that stand for the gzip format.
+# The `wbits` of zlib for the gzip format.
 _GZIP = 31
 
-# The same table as TensorFlow Serving's: error code of TensorFlow -> HTTP status.
+# HTTP status of each TensorFlow error code, as in TensorFlow Serving.
 _HTTP_STATUS = {
     tf.errors.CANCELLED: 499,
     tf.errors.UNKNOWN: 500,
@@ -59,60 +59,60 @@ _HTTP_STATUS = {
 class ModelServer:
     """Serves SavedModels over TensorFlow Serving's REST and gRPC, for development.
 
-    The requests it answers work unchanged against TensorFlow Serving, which is what
-    production should run. Over REST, where `WHICH` is nothing (the latest version),
-    `/versions/N` or `/labels/LABEL`:
+    TensorFlow Serving answers the same requests; use it in production. The server has
+    these REST routes. `WHICH` is empty (for the latest version), `/versions/N` or
+    `/labels/LABEL`.
 
-    | request | answer |
+    | request | response |
     |---|---|
     | `POST /v1/models/NAME[WHICH]:predict` | `predictions` or `outputs` |
     | `GET /v1/models/NAME[WHICH]` | states of the versions |
     | `GET /v1/models/NAME[WHICH]/metadata` | the signatures |
     | `GET /metrics`, `GET /monitoring/prometheus/metrics` | see `metrics.Metrics` |
 
-    Over gRPC: `Predict`, `GetModelMetadata` and `GetModelStatus` of
-    `tensorflow.serving.PredictionService` and `ModelService`.
+    The server has these gRPC methods: `Predict` and `GetModelMetadata` of
+    `tensorflow.serving.PredictionService`, and `GetModelStatus` of `ModelService`.
 
-    The models are loaded when the server is made. While it is started, it looks for
-    versions that appear in or disappear from the base directories. A new version is
-    loaded, and its warm-up requests (`assets.extra/tf_serving_warmup_requests`) are
-    answered, before the one that it replaces is dropped, so that no request is lost.
-    A version that fails to load is reported with the state `END` and the error, and
-    is tried again once its files change; meanwhile what was served before stays.
+    The constructor loads the models. A started server looks for new and removed
+    versions in the base directories. It loads a new version and runs its warm-up
+    requests (`assets.extra/tf_serving_warmup_requests`) before it unloads the version
+    that the new one replaces, so no request is lost. If a version fails to load, the
+    status of the model reports the error with the state `END`, the versions served so
+    far stay, and the server tries again when the files of the version change.
 
     Args:
-        models: dict of model name -> base directory, str or path, whose
-            sub-directories are named by version (`1`, `2`, ...) and hold a SavedModel
-            each. Names must not contain `/` or `:`.
-        host: str, the address to listen on. Default 127.0.0.1, this machine only.
-        port: int in [0, 65535], for REST and the metrics; 0 picks a free one. Default
-            8501, as in TensorFlow Serving.
-        grpc_port: int in [0, 65535], for gRPC; 0 picks a free one; None: no gRPC.
-            Default 8500, as in TensorFlow Serving.
-        max_request_bytes: positive int, the largest request in bytes; a larger one is
-            answered with 413 or RESOURCE_EXHAUSTED. Default 64 MiB.
-        poll_seconds: non-negative number, the seconds between two looks for versions;
-            0: only those found at first are served. Default 1.0.
-        versions: which ones of a model are served: `"latest"`, the highest one (the
-            default, as in TensorFlow Serving); a positive int, that many of the
-            highest; `"all"`.
-        version_labels: dict of model name -> dict of label -> version, for requests
-            that name a version by its label. Default None: no labels. The dict may
-            be changed while the server runs.
+        models: Dict from model name to base directory, a str or path. A base directory
+            has a sub-directory with a SavedModel for each version (`1`, `2`, ...).
+            Names must not contain `/` or `:`.
+        host: str, the address to listen on. Default: 127.0.0.1, which only this machine
+            can reach.
+        port: int in [0, 65535], the port of REST and the metrics; 0 picks a free port.
+            Default: 8501, as in TensorFlow Serving.
+        grpc_port: int in [0, 65535], the port of gRPC; 0 picks a free port; `None`
+            disables gRPC. Default: 8500, as in TensorFlow Serving.
+        max_request_bytes: Positive int, the size limit of a request in bytes. A larger
+            request fails with 413 or RESOURCE_EXHAUSTED. Default: 64 MiB.
+        poll_seconds: Non-negative number, the seconds between two searches for
+            versions. 0: never search again. Default: 1.0.
+        versions: The versions of each model to serve: `"latest"` (default, as in
+            TensorFlow Serving), the highest version; a positive int, this number of
+            highest versions; `"all"`, all versions.
+        version_labels: Dict from model name to a dict from label to version. Requests
+            can name a version by its label. The dict may change while the server runs.
+            Default: `None`, no labels.
 
     Attributes:
-        host: the address given.
-        port: the port; for `port=0` the one that was picked, once started.
+        host: The argument `host`.
+        port: The port. For `port=0`, the picked port after the start.
         url: `http://host:port`.
-        grpc_port: the port of gRPC; for `grpc_port=0` as `port`.
+        grpc_port: The gRPC port. For `grpc_port=0`, the picked port after the start.
         grpc_target: `host:grpc_port`, for `grpc.insecure_channel`.
-        servables: dict of model name -> the latest version that is served, a
-            `Servable`.
-        metrics: the `Metrics` of this server.
+        servables: Dict from model name to its latest served version, a `Servable`.
+        metrics: The `Metrics` of this server.
 
     Raises:
-        ValueError: for an argument out of range, or a directory without a version
-            that can be loaded.
+        ValueError: If an argument is invalid, or no version in a directory can be
+            loaded.
 
     Example:
 
@@ -130,11 +130,12 @@ class ModelServer:
     ...     httpx.post(url, json={"instances": [1.0, 2.5]}).json()
     {'predictions': [2.0, 5.0]}
 
-    Reference: https://www.tensorflow.org/tfx/serving/api_rest. It differs from
-    TensorFlow Serving in what it leaves out: classify, regress and multi-inference,
-    batching, reloading its configuration. It refuses what TensorFlow Serving lets
-    pass: shapes that the signature excludes, integers beyond the dtype of the input,
-    output strings that are not UTF-8. `docs/serving.md` lists further differences.
+    Reference: https://www.tensorflow.org/tfx/serving/api_rest. Unlike TensorFlow
+    Serving, this server has no classify, regress and multi-inference, no batching, and
+    no reloading of its configuration. It also rejects shapes that do not match the
+    signature, integers outside the range of the input's dtype, and output strings that
+    are not UTF-8; TensorFlow Serving accepts these. `docs/serving.md` lists further
+    differences.
     """
 
     def __init__(
@@ -206,28 +207,28 @@ class ModelServer:
         return self._models.latest()
 
     def poll(self):
-        """Looks for new and removed versions now, and returns once they are loaded.
+        """Looks for new and removed versions, and returns when new ones are loaded.
 
-        A version that fails to load raises nothing: see the model's status.
+        Does not raise if a version fails to load; the status of the model reports it.
         """
         self._models.poll()
 
     def start(self):
-        """Serves in daemon threads; returns once requests are accepted.
+        """Starts the server in daemon threads; returns when it accepts requests.
 
         Returns:
             The server itself.
 
         Raises:
-            RuntimeError: if it is already started.
-            OSError: if it cannot listen on host and port.
+            RuntimeError: If the server is already started.
+            OSError: If the server cannot listen on the host and a port.
         """
         if self._thread is not None:
             raise RuntimeError(f"The server is already started, at {self.url}.")
-        # Bound here and not by uvicorn, which leaves the process when it fails.
+        # Bound here, because uvicorn exits the process if binding fails.
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listener = socket.create_server((self.host, self.port), family=family)
-        # asyncio sets it only on sockets that it made: 40 ms a request without.
+        # Saves 40 ms per request. asyncio sets this option only on its own sockets.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.grpc_port is not None:
             try:
@@ -255,10 +256,10 @@ class ModelServer:
         return self
 
     def stop(self):
-        """Takes no new requests, finishes those in flight, and returns.
+        """Stops accepting requests, waits for those in progress, and returns.
 
-        Without effect on a server that is not started. A stopped server can be
-        started again, on the same ports.
+        Does nothing if the server is not started. A stopped server can be started
+        again, on the same ports.
         """
         if self._thread is None:
             return
@@ -267,12 +268,12 @@ class ModelServer:
         if self._grpc_server is not None:
             self._grpc_server.stop(_GRACE_SECONDS).wait()
             self._grpc_server = None
-        # A little longer than uvicorn waits itself; the thread is a daemon, so a
-        # model that never returns cannot hold the process.
+        # Waits a little longer than uvicorn does. The thread is a daemon, so a model
+        # that never returns cannot keep the process alive.
         self._thread.join(_GRACE_SECONDS + 5)
         self._thread = None
         if self._poller is not None:
-            # It may be loading a version, which nothing can interrupt.
+            # The poller may be loading a version, which cannot be interrupted.
             self._poller.join(_GRACE_SECONDS)
             self._poller = None
 
@@ -312,7 +313,7 @@ class ModelServer:
         while not self._stopping.wait(self.poll_seconds):
             try:
                 self.poll()
-            # The next look may succeed; without one, nothing new would be served.
+            # Keeps the thread alive, since the next search may succeed.
             except Exception:
                 _logger.exception("Looking for versions failed")
 
@@ -333,7 +334,7 @@ class ModelServer:
             for path in ("/metrics", "/monitoring/prometheus/metrics")
         ]
         for route in routes:
-            # Starlette adds HEAD to GET; TensorFlow Serving refuses it.
+            # Starlette adds HEAD to GET; TensorFlow Serving rejects HEAD.
             route.methods.discard("HEAD")
         app = Starlette(
             routes=routes, exception_handlers={HTTPException: _answer_unknown_path}
@@ -342,13 +343,13 @@ class ModelServer:
         return app
 
     def _answered(self, method, call):
-        """An endpoint that counts its requests and answers its errors."""
+        """Wraps an endpoint: counts requests, and turns errors into responses."""
 
         async def answer(request):
             with self.metrics.request("rest", method) as record:
                 try:
                     response = _json_response(await call(request, record))
-                # All of them: one that reaches uvicorn closes the connection.
+                # uvicorn would close the connection for an unhandled error.
                 except Exception as error:
                     response = _answer_error(error, method)
                 record.status = str(response.status_code)
@@ -359,7 +360,7 @@ class ModelServer:
     async def _predict(self, request, record):
         body = await self._read(request)
         is_gzip = "gzip" in request.headers.get("content-encoding", "")
-        # Parsing, the model and writing all block: none of them on the event loop.
+        # Parsing, the model and writing block, so they run outside the event loop.
         return await run_in_threadpool(
             self._predict_blocking, _model_spec(request), body, is_gzip, record
         )
@@ -388,9 +389,9 @@ class ModelServer:
         chunks, size = [], 0
         async for chunk in request.stream():
             size += len(chunk)
-            # The rest of a body that is too large is read and dropped: answering
-            # before the client has sent it all would reset the connection, and the
-            # client might never see why.
+            # Reads and discards the rest of a body that is too large. A response before
+            # the end of the body would reset the connection, and the client might not
+            # receive the error.
             if size > self.max_request_bytes:
                 chunks.clear()
             else:
@@ -402,7 +403,7 @@ class ModelServer:
     def _decompress(self, body):
         decompressor = zlib.decompressobj(wbits=_GZIP)
         try:
-            # One byte more than allowed, and never all that a small body can hold.
+            # Limits the output, since a small body can hold a very large one.
             content = decompressor.decompress(body, self.max_request_bytes + 1)
         except zlib.error as error:
             raise rest.RestError(
@@ -411,7 +412,7 @@ class ModelServer:
                 f"Received: {body[:20]!r}, which fails with: {error}",
             ) from error
         if len(content) > self.max_request_bytes:
-            raise self._too_large("a body of gzip that holds more")
+            raise self._too_large("a gzip body with a larger content")
         if not decompressor.eof:
             raise rest.RestError(
                 400,
@@ -495,7 +496,7 @@ def _answer_error(error, method):
     elif isinstance(error, tf.errors.OpError):
         status, message = _HTTP_STATUS.get(error.error_code, 500), error.message
     elif isinstance(error, ClientDisconnect):
-        # Nobody reads it; it keeps the log free of a client that left.
+        # No client reads this response; it avoids logging an error.
         status, message = 499, "The client closed the connection"
     else:
         _logger.error("A %s request failed", method, exc_info=error)

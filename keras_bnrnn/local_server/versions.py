@@ -1,4 +1,4 @@
-"""Which versions of the models are served: found, loaded, replaced and dropped."""
+"""Finds, loads, replaces and unloads the served versions of models."""
 
 import dataclasses
 import logging
@@ -17,16 +17,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Models:
-    """The models of a server, each with the versions that are served.
+    """The models of a server and their served versions.
 
     Args:
-        models: dict of model name -> base directory.
-        versions: `"latest"`, `"all"`, or a positive int, the number of latest ones.
-        version_labels: dict of model name -> dict of label -> version.
+        models: Dict from model name to base directory.
+        versions: `"latest"`, `"all"`, or a positive int, the number of latest versions.
+        version_labels: Dict from model name to a dict from label to version.
         metrics: `Metrics`.
 
     Raises:
-        ValueError: for a model none of whose versions can be loaded.
+        ValueError: If no version of a model can be loaded.
     """
 
     def __init__(self, models, versions, version_labels, metrics):
@@ -39,18 +39,18 @@ class Models:
             model.load_first()
 
     def find(self, spec, record):
-        """Finds the servable that a request names.
+        """Finds the servable of a request.
 
         Args:
-            spec: `ModelSpec`; without version and label, the latest version is meant.
-            record: `Record`, which learns the model and the version.
+            spec: `ModelSpec`. Without version and label, it means the latest version.
+            record: `Record`; this method sets its model and version.
 
         Returns:
             A `Servable`.
 
         Raises:
-            tf.errors.InvalidArgumentError: for an empty name or an unknown label.
-            tf.errors.NotFoundError: for a model or a version that is not served.
+            tf.errors.InvalidArgumentError: If the name is empty or the label unknown.
+            tf.errors.NotFoundError: If the model or the version is not served.
         """
         if not spec.name:
             raise predict.invalid_argument("ModelSpec has no name specified.")
@@ -59,7 +59,7 @@ class Models:
             version = self._version(spec)
             wanted = f"Specific({spec.name}, {version})"
         model = self._models.get(spec.name)
-        # Taken once: another thread may replace it.
+        # Read once, since another thread may replace `available`.
         available = model.available if model else {}
         if version is None and available:
             version = max(available)
@@ -69,10 +69,10 @@ class Models:
         return available[version]
 
     def latest(self):
-        """The latest version of each model that has one.
+        """Returns the latest served version of each model.
 
         Returns:
-            Dict of model name -> `Servable`.
+            Dict from model name to `Servable`, without models that have none.
         """
         return {
             name: model.available[max(model.available)]
@@ -81,18 +81,18 @@ class Models:
         }
 
     def status(self, spec, record):
-        """The states of the versions of a model, the highest first.
+        """Returns the states of the versions of a model, the highest version first.
 
         Args:
-            spec: `ModelSpec`; with a version, only that one is meant. A label is
-                ignored, as in TensorFlow Serving.
-            record: `Record`, which learns the model and the version.
+            spec: `ModelSpec`. With a version, the result has only the state of this
+                version. A label is ignored, as in TensorFlow Serving.
+            record: `Record`; this method sets its model and version.
 
         Returns:
             A `GetModelStatusResponse`.
 
         Raises:
-            tf.errors.NotFoundError: for a model or a version that was never seen.
+            tf.errors.NotFoundError: If the model or the version was never found.
         """
         model = self._models.get(spec.name)
         states = model.states() if model else []
@@ -112,7 +112,7 @@ class Models:
             status = response.model_version_status.add(
                 version=state.version, state=state.state
             )
-            # An OK status is printed with its code and an empty message.
+            # Makes JSON show the code and empty message of an OK status.
             status.status.SetInParent()
             status.status.error_code = state.error_code
             status.status.error_message = state.error_message
@@ -124,7 +124,7 @@ class Models:
             try:
                 model.poll()
             except OSError as error:
-                # TensorFlow Serving, too, serves on when the directory is away.
+                # Keeps serving without the directory, as TensorFlow Serving does.
                 _logger.warning("%s: %s", model.name, error)
 
     def _version(self, spec):
@@ -140,21 +140,21 @@ class Models:
 
 @dataclasses.dataclass
 class _State:
-    """What is known of a version: TensorFlow Serving's state and error."""
+    """The state and error of a version, in TensorFlow Serving's terms."""
 
     version: int
     state: str = "START"
     error_code: int = 0
     error_message: str = ""
-    # What the directory held when it failed to load.
+    # The `_content` of the directory when loading failed.
     failed_content: object = None
 
 
 class _Model:
     """A model with its versions.
 
-    `available` is what requests read, without a lock: a dict of version -> `Servable`
-    that is replaced and never changed.
+    Requests read `available`, a dict from version to `Servable`, without a lock. The
+    dict is replaced as a whole and never changed.
     """
 
     def __init__(self, name, base_directory, policy, metrics):
@@ -196,11 +196,11 @@ class _Model:
             for version in wanted:
                 if version not in self.available:
                     self._states.setdefault(version, _State(version))
-            # The latest first: it is the one that most requests want.
+            # Loads the latest version first, since most requests use it.
             for version in sorted(wanted, reverse=True):
                 if version not in self.available:
                     self._load(version, wanted[version])
-            # Not before what takes their place is there: no request is to be lost.
+            # Unloads versions only after a new version is available.
             if not wanted or any(version in self.available for version in wanted):
                 for version in set(self.available) - set(wanted):
                     self._unload(version)
@@ -247,13 +247,13 @@ class _Model:
         for version, servable in list(self._unloading.items()):
             if not servable.in_flight:
                 del self._unloading[version]
-                # It may be there again, in answer to a new directory.
+                # The version may be loaded again if its directory reappeared.
                 if self._states[version].state == "UNLOADING":
                     self._states[version].state = "END"
 
 
 def _content(directory):
-    """Names, sizes and times of the files, which tell whether they changed."""
+    """Returns paths, sizes and times of the files, to detect changes."""
     content = []
     for root, _, files in os.walk(directory):
         for name in files:
@@ -261,7 +261,7 @@ def _content(directory):
             try:
                 stat = os.stat(path)
             except OSError:
-                continue  # removed since it was listed
+                continue  # removed after it was listed
             content.append((path, stat.st_size, stat.st_mtime_ns))
     return sorted(content)
 

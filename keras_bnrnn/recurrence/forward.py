@@ -38,9 +38,10 @@ class Loop(typing.NamedTuple):
 def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=True):
     """Runs the forward loop.
 
-    Past the end of a row the loop goes on with the row's last states. These values are
-    dropped later. Cells with unbounded activations could overflow there, and gradients
-    of 0 would become NaN: their states stand still instead.
+    Past the end of a row the loop goes on with the row's last states, and the results
+    are dropped later. The states of cells with unbounded activations could overflow
+    there, and gradients of 0 would become NaN: such cells start from 0 instead in each
+    timestep past the end.
 
     Args:
         loop: `Loop`.
@@ -58,8 +59,8 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
         of stacked `collected_t`.
     """
     kernel = loop.kernel(weights)
-    stands_still = loop.valid is not None and not loop.bounded
-    reads_valid = loop.valid is not None and (loop.step_reads_valid or stands_still)
+    clears = loop.valid is not None and not loop.bounded
+    reads_valid = loop.valid is not None and (loop.step_reads_valid or clears)
     specs = [(state.shape, state.dtype) for state in states[:stacks]]
     if keep is not None:
         specs.append(((*projected.shape[1:-1], keep[1]), projected.dtype))
@@ -67,12 +68,12 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
 
     def body(states, elements):
         projected_t, valid_t = [*elements, None][:2]
+        if clears:
+            states = [ops.where(valid_t, s, ops.zeros_like(s)) for s in states]
         if weights.bias is not None:
             projected_t = projected_t + weights.bias
         recurrent_t = ops.matmul(weights.dropped(states[0]), kernel)
         new, collected_t = loop.step(projected_t, recurrent_t, states, weights, valid_t)
-        if stands_still:
-            new = [ops.where(valid_t, a, b) for a, b in zip(new, states, strict=True)]
         stacked = list(new[:stacks])
         if keep is not None:
             stacked.append(keep[0](projected_t, recurrent_t, weights))

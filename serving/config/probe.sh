@@ -1,10 +1,10 @@
 #!/bin/bash
-# Succeeds if each model given, NAME or NAME/versions/N, has a version that is AVAILABLE:
+# Succeeds if each given model (NAME or NAME/versions/N) has a version that is AVAILABLE:
 #
 #   probe.sh PORT MODEL...
 #
-# The HTTP status does not tell: a version that failed to load is answered with 200.
-# For the image of TensorFlow Serving, which has bash and grep and no curl.
+# The HTTP status is not enough, because it is 200 for a version that failed to load.
+# The script uses bash and grep, since the TensorFlow Serving image has no curl.
 set -u
 port=$1
 shift

@@ -136,10 +136,10 @@ def folded_by_hand(layer):
 
 @pytest.mark.slow(
     but=[
-        "{'go_backwards': True}-input-simple_rnn",
-        "{'stateful': True}-joint-lstm",
-        "{'return_sequences': False, 'zero_output_for_mask': True}-input-gru-reset_after",
-        "{'unroll': True}-input-gru-reset_before",
+        "backwards-input-simple_rnn",
+        "stateful-joint-lstm",
+        "last-zeros-input-gru-reset_after",
+        "unroll-input-gru-reset_before",
     ]
 )
 @each_stock_cell
@@ -152,7 +152,7 @@ def folded_by_hand(layer):
         {"return_sequences": False, "zero_output_for_mask": True},
         {"unroll": True},
     ],
-    ids=str,
+    ids=["backwards", "stateful", "last-zeros", "unroll"],
 )
 def test_identity_statistics_give_the_stock_layer(
     kind, arguments, normalize, options, rng

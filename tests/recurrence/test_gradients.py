@@ -32,7 +32,11 @@ VARIANTS = {
     ],
 }
 CASES = [(kind, variant) for kind in VARIANTS for variant in VARIANTS[kind]]
-EACH = pytest.mark.parametrize("kind, variant", CASES, ids=str)
+NAMES = [
+    "-".join([kind, *(v if isinstance(v, str) else k for k, v in variant.items())])
+    for kind, variant in CASES
+]
+EACH = pytest.mark.parametrize("kind, variant", CASES, ids=NAMES)
 BOOLEANS = [False, True]
 
 
@@ -223,17 +227,17 @@ def second_derivative(layer, x, mask, training, along):
 
 @pytest.mark.slow(
     but=[
-        "simple_rnn-{}-eager-False",
-        "simple_rnn-{'activation': 'relu'}-graph-True",
-        "simple_rnn-{'activation': 'elu'}-eager-True",
-        "lstm-{}-xla-False",
-        "lstm-{'peephole': True}-graph-False",
-        "lstm-{'activation': 'silu', 'recurrent_activation': 'hard_sigmoid'}-eager-False",
-        "lstm-{'activation': 'relu6', 'peephole': True}-eager-False",
-        "lstm-{'use_bias': False}-eager-False",
-        "gru-{}-xla-True",
-        "gru-{'use_bias': False}-eager-False",
-        "gru-{'activation': 'gelu', 'recurrent_activation': 'hard_sigmoid'}-eager-False",
+        "simple_rnn-eager-False",
+        "simple_rnn-relu-graph-True",
+        "simple_rnn-elu-eager-True",
+        "lstm-xla-False",
+        "lstm-peephole-graph-False",
+        "lstm-silu-hard_sigmoid-eager-False",
+        "lstm-relu6-peephole-eager-False",
+        "lstm-use_bias-eager-False",
+        "gru-xla-True",
+        "gru-use_bias-eager-False",
+        "gru-gelu-hard_sigmoid-eager-False",
     ]
 )
 @pytest.mark.parametrize("training", BOOLEANS)

@@ -13,9 +13,9 @@ def require_extra(function, extra, modules):
     """Raises ImportError if a module cannot be imported.
 
     Args:
-        function: The name of the function that needs the modules.
-        extra: The extra of this package that installs them.
-        modules: List of str.
+        function: str, the name of the function that needs the modules.
+        extra: str, the extra of this package that installs the modules.
+        modules: List of str, the names of the modules.
     """
     for module in modules:
         try:
@@ -29,9 +29,10 @@ def require_extra(function, extra, modules):
 
 
 def require_float32_graph(model, purpose):
-    """Raises ValueError for a model that the formats cannot hold.
+    """Raises ValueError for a model that cannot become a LiteRT or ONNX file.
 
-    A model must be built, Sequential or Functional, not stateful, and in float32.
+    The model must be built, Sequential or Functional, stateless, and compute in
+    float32.
     """
     require_built_graph(model, purpose)
     refuse_stateful(model)
@@ -54,7 +55,7 @@ def checked_path(path, suffix, overwrite):
         )
     if not path.parent.is_dir():
         raise ValueError(
-            "`path` must be in a directory that is there. "
+            "`path` must be in a directory that exists. "
             f"Received: path={os.fspath(path)!r}"
         )
     refuse_existing_file(path, overwrite)
@@ -62,7 +63,7 @@ def checked_path(path, suffix, overwrite):
 
 
 def checked_tolerance(tolerance, default):
-    """Checks a tolerance and returns it; returns `default` for `None`."""
+    """Checks and returns a tolerance, or returns `default` if it is `None`."""
     if tolerance is None:
         return default
     if isinstance(tolerance, bool) or not (

@@ -14,15 +14,15 @@ from keras_bnrnn.traversal import clone_graph, copy_of, sublayers
 
 @contextlib.contextmanager
 def without_warnings_of_libraries():
-    """Silences warnings of NumPy 2 about Keras, which a user cannot avoid.
+    """Silences the NumPy 2 warnings that Keras causes and a user cannot avoid.
 
-    Other warnings pass: they are about the model.
+    Does not silence other warnings, which may concern the model.
     """
     with warnings.catch_warnings():
-        # Of variables that become arrays.
+        # Keras' conversion of variables to arrays.
         message = "__array__ implementation doesn't accept a copy keyword"
         warnings.filterwarnings("ignore", message, DeprecationWarning)
-        # Of Keras' patch of tf2onnx, which looks whether there is an `np.object`.
+        # Keras' patch of tf2onnx, which checks for `np.object`.
         message = r"In the future `np\.object` will be defined"
         warnings.filterwarnings("ignore", message, FutureWarning)
         yield
@@ -33,9 +33,9 @@ class NamedModel:
 
     Args:
         folded: A folded model.
-        interface: `Interface` of it.
-        batch_size: Int, or `None` for a free one.
-        copy: Function of a layer of `folded` to its copy.
+        interface: The `Interface` of the folded model.
+        batch_size: Int, or `None` for a free batch size.
+        copy: Function from a layer of `folded` to a copy of the layer.
     """
 
     def __init__(self, folded, interface, batch_size, copy):
@@ -52,11 +52,11 @@ class NamedModel:
         )
 
     def export(self, file, **options):
-        """Has Keras write a file.
+        """Writes a file with `keras.Model.export`.
 
         Args:
             file: `pathlib.Path`.
-            **options: Arguments of `keras.Model.export`, such as `format`.
+            **options: Further arguments of `keras.Model.export`, such as `format`.
         """
         self._model.export(
             file, verbose=False, input_signature=[self._specs], **options
@@ -64,13 +64,13 @@ class NamedModel:
 
 
 def prepared_copy(layer):
-    """Copies a layer so that the converters convert it rightly."""
+    """Copies a layer and adapts the copy to the converters."""
     clone = copy_of(layer)
     if not isinstance(clone, keras.layers.Layer):
         return clone
     for part in sublayers(clone):
         if hasattr(part, "use_cudnn"):
-            # Traced where a GPU is visible, it would be an operation of cuDNN.
+            # If a GPU is visible, the traced graph would contain a cuDNN operation.
             part.use_cudnn = False
         if type(part) is keras.layers.TimeDistributed:
             _run_on_all_frames(part)
@@ -78,9 +78,9 @@ def prepared_copy(layer):
 
 
 def _run_on_all_frames(layer):
-    """Has a `TimeDistributed` apply its layer to all frames as one batch.
+    """Makes a `TimeDistributed` apply its layer to all frames as one batch.
 
-    Both converters compute wrong numbers for its own loop over a free T.
+    Both converters return wrong numbers for `TimeDistributed`'s loop over a free T.
     """
     own_call = layer.call
     takes_mask = "mask" in inspect.signature(layer.layer.call).parameters
@@ -98,17 +98,17 @@ def _run_on_all_frames(layer):
 
 @contextlib.contextmanager
 def explaining(format_name):
-    """Turns an error of a converter or a runtime into a ValueError that explains it."""
+    """Raises a ValueError that explains an error of a converter or a runtime."""
     try:
         yield
     except (ExportMismatchError, OSError):
         raise
     except Exception as error:
         cause = str(error).strip().split("\n")[0]
-        if "loc(" in cause:  # LiteRT's converter first says where, at length
+        if "loc(" in cause:  # LiteRT's converter puts a long location first
             cause = cause.rpartition("): ")[2]
         raise ValueError(
-            f"`model` has something that {format_name} has no operation for, or on "
-            "which its converter fails. Nothing was published. Received: "
+            f"`model` must not contain a layer that {format_name} has no operation for "
+            "or that its converter cannot convert. Nothing was published. Received: "
             f"{type(error).__name__}: {cause[:300]}"
         ) from error

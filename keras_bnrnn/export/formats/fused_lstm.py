@@ -1,4 +1,4 @@
-"""Has LSTM layers become `UNIDIRECTIONAL_SEQUENCE_LSTM`, one operation of LiteRT."""
+"""Converts LSTM layers to LiteRT's operation `UNIDIRECTIONAL_SEQUENCE_LSTM`."""
 
 import uuid
 
@@ -6,16 +6,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# The largest absolute value in a frame: a larger one could overflow to NaN in a
-# product, and the frame that clears the state cannot clear a NaN.
+# The limit for absolute values in a frame. A larger value could overflow to NaN in a
+# product, and the frame that clears the state cannot clear NaN.
 LARGEST = 1e18
 
-# Closes a gate: sigmoid(-1e4) is 0, and -1e4 still a float16.
+# Closes a gate: sigmoid(-1e4) is 0, and float16 can represent -1e4.
 CLOSED = -1e4
 
 
 def run_fused(layer):
-    """Has an LSTM layer run as the operation where the operation can do the same."""
+    """Makes an LSTM layer run as the fused operation if the outputs are the same."""
     own_loop = layer.inner_loop
 
     def inner_loop(sequences, initial_state, mask, training=False):
@@ -28,7 +28,7 @@ def run_fused(layer):
 
 
 def _can_fuse(layer, sequences, initial_state):
-    """Whether the operation computes and returns what a layer does."""
+    """Returns whether the fused operation can replace the loop of a layer."""
     starts = [tf.get_static_value(state) for state in initial_state]
     return (
         layer.activation is keras.activations.tanh
@@ -40,16 +40,16 @@ def _can_fuse(layer, sequences, initial_state):
 
 
 def _fused_lstm(layer, sequences):
-    """Computes outputs (B, T, U) by a function that the converter recognises.
+    """Computes outputs (B, T, U) with a function that the converter recognises.
 
-    The operation keeps its state from call to call. So an additional first frame closes
-    the gates i, f and o, and the state is 0 after it. An additional feature marks this
-    frame: it is 1 there and 0 in all others.
+    The fused operation keeps its state between calls. An additional first frame
+    therefore clears the state: it closes the gates i, f and o. An additional feature
+    marks this frame: the feature is 1 in the first frame and 0 in all other frames.
     """
     cell, units = layer.cell, layer.units
     batch_size, _, features = sequences.shape
     frames = tf.reverse(sequences, [1]) if layer.go_backwards else sequences
-    sound = tf.abs(frames) < LARGEST  # not NaN either
+    sound = tf.abs(frames) < LARGEST  # false for NaN as well
     frames = tf.where(sound, frames, 0.0)
 
     clearing = np.zeros((batch_size, 1, features + 1), "float32")
@@ -62,7 +62,7 @@ def _fused_lstm(layer, sequences):
 
     zeros = tf.zeros([batch_size, units])
     bias = cell.bias if cell.use_bias else tf.zeros([4 * units])
-    # As tensors: the converter takes the process down over variables.
+    # Tensors, since the converter crashes the process if it meets variables here.
     _, outputs, *_ = _lstm_function()(
         frames,
         zeros,
@@ -76,10 +76,10 @@ def _fused_lstm(layer, sequences):
 
 
 def _lstm_function():
-    """Makes an LSTM function that the converter replaces by the operation.
+    """Makes an LSTM function that the converter replaces by the fused operation.
 
-    Its arguments and results are those of the LSTM of Keras 2, which the converter
-    recognises by `api_implements`.
+    The function has the arguments and results of the LSTM of Keras 2. The converter
+    recognises this function by its attribute `api_implements`.
     """
     attributes = {
         "api_implements": f"lstm_{uuid.uuid4().hex}",

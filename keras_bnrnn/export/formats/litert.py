@@ -1,4 +1,4 @@
-"""`export_litert` writes a folded model as a file for LiteRT."""
+"""Exports a folded model as a LiteRT file."""
 
 import os
 
@@ -39,51 +39,55 @@ def export_litert(
 ):
     """Folds a model and writes it as a `.tflite` file, for LiteRT (TensorFlow Lite).
 
-    The file has one signature, with inputs and outputs named as those of
-    `export_saved_model`. It holds LiteRT's built-in operations alone, so that it loads
-    in an interpreter without the TensorFlow ("Flex") ones. T is free where it is in the
-    model, the batch size is fixed: the converter takes no loop over a free one.
+    The file has one signature. The names of its inputs and outputs are those of
+    `export_saved_model`. The file uses only LiteRT's built-in operations, so an
+    interpreter without the TensorFlow ("Flex") operations can load it. T is free if it
+    is free in the model. The batch size is fixed, because the converter does not
+    support a loop over a free batch size.
 
-    There are no `lengths`: every frame counts. At batch 1 there is nothing to pad; in
-    larger batches give sequences of one length, or let the model mask by value
-    (`Masking`, `Embedding(mask_zero=True)`).
+    The signature has no input `lengths`: every frame is valid. In a batch, pass
+    sequences of equal length, or use a model that masks by value (`Masking`,
+    `Embedding(mask_zero=True)`).
 
-    With `fused_lstm`, an LSTM is one operation of the runtime,
-    `UNIDIRECTIONAL_SEQUENCE_LSTM`, which delegates and microcontrollers know. Left to
-    itself that operation starts a sequence from the state in which the last one ended,
-    and clips cell states at 10. Here neither happens: a frame in front of each sequence
-    clears the state, and clipping is off. A sequence with values that are not finite,
-    or beyond 1e18, answers NaN in all its frames. LSTMs with a mask, an initial state,
-    `return_state` or unusual activations, GRUs and SimpleRNNs run a loop.
+    With `fused_lstm`, each LSTM becomes one operation of the runtime,
+    `UNIDIRECTIONAL_SEQUENCE_LSTM`, which delegates and microcontrollers support. By
+    default, this operation keeps its state from one call to the next and clips cell
+    states at 10. The exported file does neither: an additional frame before each
+    sequence clears the state, and clipping is off. If a sequence contains a value that
+    is not finite or exceeds 1e18, its outputs are NaN in all frames. The following
+    layers run as a loop instead: GRUs, SimpleRNNs, and LSTMs with a mask, an initial
+    state, `return_state` or other than the default activations.
 
-    Before the file is put in its place, it is loaded in its runtime and compared with
+    Before the file is published, LiteRT loads it and its outputs are compared with
     `model(x, training=False)` on random sequences of several T.
 
     Args:
         model: A built Sequential or Functional model that computes in float32, with an
-            input of shape (B, T, ...). It is not changed.
-        path: Path of the file, which ends in `.tflite`, in a directory that is there.
-        batch_size: Positive int. `None` (default): the model's own, or 1.
-        fused_lstm: Whether LSTMs become one operation each. With 128 units, 50
-            timesteps and one thread of an x86 CPU that takes a fifth less time than the
-            loop at batch 1, and half as much again at batch 32.
-        quantize: `"float16"` stores weights in half the space; it still computes in
-            float32. `None` (default): float32.
-        tolerance: The largest difference to pass, relative to the largest output where
-            that exceeds 1. `None` (default): 1e-4, or 1e-2 with `quantize`.
-        overwrite: Whether to replace a file that is there.
+            input of shape (B, T, ...). The model is not changed.
+        path: Path of the file. Must end in `.tflite`; the parent directory must exist.
+        batch_size: Positive int. `None` (default): the model's batch size, or 1 if it
+            is free.
+        fused_lstm: Whether each LSTM becomes one operation. With 128 units, 50
+            timesteps and one thread of an x86 CPU, the operation takes a fifth less
+            time than the loop at batch size 1, and half as much time again at batch
+            size 32.
+        quantize: `"float16"`: store weights in half the space and compute in float32.
+            `None` (default): store weights as float32.
+        tolerance: The largest difference that passes, relative to the largest output if
+            that output exceeds 1. `None` (default): 1e-4, or 1e-2 with `quantize`.
+        overwrite: Whether to replace an existing file.
 
     Returns:
         `pathlib.Path` of the file.
 
     Raises:
-        ImportError: Without the `litert` extra.
-        FileExistsError: If the file is there and `overwrite` is `False`.
-        ExportMismatchError: If the file answers otherwise than the model; a
-            `ValueError`. Nothing is written.
+        ImportError: If the `litert` extra is not installed.
+        FileExistsError: If the file exists and `overwrite` is `False`.
+        ExportMismatchError: If the outputs of the file differ from the model's. This
+            error is a `ValueError`. Nothing is written.
         ValueError: If `model` is not built, subclassed, stateful or not in float32, has
-            no input with timesteps, or something in it that LiteRT has no operation
-            for; for a bad `path`, `batch_size`, `quantize` or `tolerance`.
+            no input with timesteps, or uses an operation that LiteRT lacks; for an
+            invalid `path`, `batch_size`, `quantize` or `tolerance`.
 
     Example:
 
@@ -136,14 +140,14 @@ def _checked_batch_size(batch_size, interface):
         )
     if fixed not in (None, batch_size):
         raise ValueError(
-            f"`batch_size` must be {fixed}, which the model's inputs have. "
+            f"`batch_size` must be {fixed}, the batch size of the model's inputs. "
             f"Received: batch_size={batch_size}"
         )
     return batch_size
 
 
 def _with_fused_lstm(layer):
-    """Copies a layer for the converter, with LSTMs as one operation each."""
+    """Copies a layer for the converter; each LSTM becomes one operation."""
     clone = prepared_copy(layer)
     if isinstance(clone, keras.layers.Layer):
         for part in sublayers(clone):
@@ -153,7 +157,7 @@ def _with_fused_lstm(layer):
 
 
 def _stop_clipping(file):
-    """Removes the clipping of cell states at 10, which the converter adds."""
+    """Removes the clipping of cell states at 10 that the converter adds."""
     from ai_edge_litert.tools import flatbuffer_utils
 
     content = flatbuffer_utils.read_model(os.fspath(file))
@@ -170,7 +174,7 @@ def _stop_clipping(file):
 
 
 def _answers(file):
-    """The function from named inputs to named outputs that a file holds."""
+    """Loads a file as a function from named inputs to named outputs."""
     from ai_edge_litert.interpreter import Interpreter
 
     run = Interpreter(os.fspath(file)).get_signature_runner()

@@ -1,4 +1,4 @@
-"""`export_onnx` writes a folded model as a file for ONNX Runtime."""
+"""Exports a folded model as an ONNX file."""
 
 from keras_bnrnn.export.directory import publish_file
 from keras_bnrnn.export.formats.arguments import (
@@ -22,37 +22,39 @@ from keras_bnrnn.folding import fold
 def export_onnx(model, path, *, opset_version=None, tolerance=1e-4, overwrite=False):
     """Folds a model and writes it as an `.onnx` file, for ONNX Runtime and others.
 
-    Inputs and outputs are named as those of `export_saved_model`. The batch size and T
-    are as free as the model has them. An LSTM becomes the `LSTM` operation of ONNX,
-    if it has the usual activations and no mask; a GRU and a SimpleRNN become a `Loop`.
+    The names of inputs and outputs are those of `export_saved_model`. The batch size
+    and T are free if they are free in the model. An LSTM with the default activations
+    and without a mask becomes the `LSTM` operation of ONNX. A GRU or a SimpleRNN
+    becomes a `Loop`.
 
-    There are no `lengths`: every frame counts. Give sequences of one length, or let the
-    model mask by value (`Masking`, `Embedding(mask_zero=True)`).
+    The file has no input `lengths`: every frame is valid. Pass sequences of equal
+    length, or use a model that masks by value (`Masking`,
+    `Embedding(mask_zero=True)`).
 
-    Before the file is put in its place, it is loaded in ONNX Runtime and compared with
-    `model(x, training=False)` on random sequences of several B and T.
+    Before the file is published, ONNX Runtime loads it and its outputs are compared
+    with `model(x, training=False)` on random sequences of several B and T.
 
     Args:
         model: A built Sequential or Functional model that computes in float32, with an
-            input of shape (B, T, ...). It is not changed.
-        path: Path of the file, which ends in `.onnx`, in a directory that is there.
-        opset_version: Int, the version of ONNX's operations. `None` (default): that of
-            the converter, 15.
-        tolerance: The largest difference to pass, relative to the largest output where
-            that exceeds 1.
-        overwrite: Whether to replace a file that is there.
+            input of shape (B, T, ...). The model is not changed.
+        path: Path of the file. Must end in `.onnx`; the parent directory must exist.
+        opset_version: Int, the version of the ONNX operator set. `None` (default): the
+            default of the converter, 15.
+        tolerance: The largest difference that passes, relative to the largest output if
+            that output exceeds 1. Default: 1e-4.
+        overwrite: Whether to replace an existing file.
 
     Returns:
         `pathlib.Path` of the file.
 
     Raises:
-        ImportError: Without the `onnx` extra.
-        FileExistsError: If the file is there and `overwrite` is `False`.
-        ExportMismatchError: If the file answers otherwise than the model; a
-            `ValueError`. Nothing is written.
+        ImportError: If the `onnx` extra is not installed.
+        FileExistsError: If the file exists and `overwrite` is `False`.
+        ExportMismatchError: If the outputs of the file differ from the model's. This
+            error is a `ValueError`. Nothing is written.
         ValueError: If `model` is not built, subclassed, stateful or not in float32, has
-            no input with timesteps, or something in it that ONNX has no operation for;
-            for a bad `path`, `opset_version` or `tolerance`.
+            no input with timesteps, or uses an operation that ONNX lacks; for an
+            invalid `path`, `opset_version` or `tolerance`.
 
     Example:
 
@@ -98,7 +100,7 @@ def _name_free_sizes(file, interface):
     import onnx
 
     content = onnx.load(file)
-    # Sequences of one model may differ in T.
+    # Several sequences may differ in T: leave the size of T unnamed.
     timesteps = len(interface.sequences) == 1
     names = dict.fromkeys(interface.sequences, timesteps)
     names |= {
@@ -114,7 +116,7 @@ def _name_free_sizes(file, interface):
 
 
 def _answers(file):
-    """The function from named inputs to named outputs that a file holds."""
+    """Loads a file as a function from named inputs to named outputs."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

@@ -8,18 +8,19 @@ from keras_bnrnn.export.examples import example_inputs, shortest_timesteps
 
 
 def compare(model, interface, answers, tolerance, batches):
-    """Compares the answers of a file on random sequences with those of its model.
+    """Compares the outputs of a file with those of its model on random sequences.
 
     Args:
         model: The model that was exported.
-        interface: `Interface` of it.
-        answers: Function from a dict of arrays to a dict of arrays, by the file.
+        interface: The `Interface` of the model.
+        answers: Function from a dict of input arrays to a dict of output arrays, which
+            runs the file.
         tolerance: The largest difference that passes, relative to the largest output
-            if that exceeds 1.
-        batches: Four batch sizes.
+            if that output exceeds 1.
+        batches: List of four batch sizes.
 
     Raises:
-        ExportMismatchError: If an answer differs by more.
+        ExportMismatchError: If an output differs by more than `tolerance`.
     """
     rng = np.random.default_rng(1)
     fewest = shortest_timesteps(model, interface)

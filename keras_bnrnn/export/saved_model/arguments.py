@@ -37,7 +37,7 @@ def check_provenance(provenance):
         fits = False
     if not fits:
         raise ValueError(
-            "`provenance` must be a dict that JSON can carry, or None. "
+            "`provenance` must be a dict that JSON can represent, or None. "
             f"Received: provenance={provenance!r}"
         )
 
@@ -57,6 +57,6 @@ def check_xla_warmup(xla_warmup, xla_buckets):
 def check_directory(directory):
     if "://" in os.fspath(directory):
         raise ValueError(
-            "`directory` must be a path of this machine, where a folder can be renamed "
-            f"at once: export, then copy. Received: directory={directory!r}"
+            "`directory` must be a local path, since publishing renames a folder. "
+            f"Export to a local path, then copy. Received: directory={directory!r}"
         )

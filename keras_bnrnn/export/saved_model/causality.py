@@ -1,4 +1,4 @@
-"""Finds out whether a model is causal: whether its frames can come one by one."""
+"""Tests whether a model is causal: whether it can process frames one at a time."""
 
 import keras
 import numpy as np
@@ -10,16 +10,20 @@ from keras_bnrnn.traversal import sublayers
 
 
 def why_not_causal(served, serve, step):
-    """Says why frames cannot come one by one; returns `None` if they can.
+    """Returns why a model is not causal, or `None` if it is causal.
 
-    Compares the outputs of a whole sequence with those of its frames one by one. They
-    differ if a layer looks ahead, or looks back by other means than its states. The
-    comparison uses random weights, since a weight of 0 could hide such a layer.
+    Compares the outputs for whole sequences with the outputs for frames one at a time.
+    They differ if a layer reads later frames, or reads earlier frames other than
+    through its states. The comparison uses random weights, since a weight of 0 could
+    hide such a layer.
 
     Args:
         served: `ServedModel`.
-        serve: Its traced `serve_function`.
-        step: Its `step_function`; traced here.
+        serve: The `serve_function` of the model, already traced.
+        step: The `step_function` of the model; this function traces it.
+
+    Returns:
+        str, the reason, or `None`.
     """
     interface = served.interface
     x = interface.inputs[interface.sequences[0]]
@@ -36,13 +40,13 @@ def why_not_causal(served, serve, step):
         served.set_weights([_random_weight(v, rng) for v in served.model.weights])
         largest = _gap_of_steps(served, serve, step, rng)
     except (tf.errors.OpError, ValueError, TypeError) as error:
-        return f"its frames cannot come one by one: {error}"
+        return f"the model cannot process single frames: {error}"
     finally:
         served.set_weights(weights)
     if not largest <= _tolerance(served.model):
         return (
-            "a layer other than a recurrent one looks at several timesteps: frames one "
-            f"by one give other outputs than the whole sequence, by up to {largest:.1g}"
+            "a layer other than a recurrent one looks at several timesteps: outputs of "
+            f"single frames and whole sequences differ by up to {largest:.1g}"
         )
     return None
 
@@ -66,7 +70,7 @@ def _tolerance(model):
 
 
 def _gap_of_steps(served, serve, step, rng):
-    """The largest `gap` of frames one by one to whole sequences, NaN included."""
+    """Returns the largest `gap` between step-by-step and whole-sequence outputs."""
     interface = served.interface
     rows, timesteps = interface.batch_size or 2, 4
     inputs = served.example_inputs(rows, timesteps, rng)

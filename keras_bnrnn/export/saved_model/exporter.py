@@ -1,4 +1,4 @@
-"""`export_saved_model` writes a folded model as a version for TensorFlow Serving."""
+"""Exports a folded model as a SavedModel version for TensorFlow Serving."""
 
 import os
 import pathlib
@@ -52,106 +52,118 @@ def export_saved_model(
 
     | signature | inputs | outputs |
     |---|---|---|
-    | `serving_default`, `serve` | the model's inputs, maybe `lengths` | its outputs |
+    | `serving_default`, `serve` | model inputs, optionally `lengths` | model outputs |
     | `step` | one frame (B, ...), states, `t` | outputs, states, `t` + 1 |
     | `chunk` | inputs, `lengths`, states, `t` | outputs, states, `t`, `lengths` |
-    | `initial_state` | the first input, any (B, ...) | states of zeros, `t` = 0 |
+    | `initial_state` | the first sequence input, any (B, ...) | zero states, `t` = 0 |
     | `text` | `text`, strings (B,) | see `TextFrontEnd` |
     | `generate` | `prompt`, `max_tokens`, `temperature`, `seed` | `text` |
     | `serve_xla` | inputs, `lengths` | as `serve` |
 
-    `lengths` is an int32 tensor (B,) with the number of valid frames of each row,
-    clamped to 0..T. `serve` takes it or not, as the argument `lengths` says; `chunk`
-    and `serve_xla` always do. Frames past a row's length have no effect, whatever they
-    hold, NaN included. Floats leave as float32; an output with a frame for each input
-    frame is zero past the lengths, in a model whose T is free. The batch size and T are
-    as free as the model has them. But for `serve_xla` the graph holds no XLA, no
-    cuDNN kernel, no Keras and no optimizer, so that it loads anywhere.
+    **Lengths.** `lengths` is an int32 tensor (B,) with the number of valid frames of
+    each row, clamped to 0..T. The argument `lengths` decides whether `serve` takes this
+    tensor; `chunk` and `serve_xla` always take it. Frames past a row's length have no
+    effect, even if they are NaN. If T is free, an output with one frame per input frame
+    is zero past the lengths. `lengths` applies to every input with timesteps (if T is
+    free in some inputs, to those). A request fails if it has `lengths` and the T of
+    these inputs differ.
 
-    `step`, `chunk` and `initial_state` are there if the model is causal: if its frames
-    can come one by one. States are float32 tensors (B, U), named by layer: `lstm_h`
-    and `lstm_c` for an LSTM named `lstm`, `_h` alone for the others. A client passes
-    them on from answer to request, with `t`, an int32 tensor (B,), the number of frames
-    that came so far.
+    **Streaming.** The signatures `step`, `chunk` and `initial_state` exist if the model
+    is causal, which means that it can process frames one at a time. States are float32
+    tensors (B, U), named after their layer: `lstm_h` and `lstm_c` for an LSTM named
+    `lstm`, only `_h` for a layer with one state. `t` is an int32 tensor (B,), the
+    number of frames processed so far. A client sends the states and `t` of each
+    response with its next request.
 
-    TensorFlow Serving does not compare a request with a signature's shapes, so the
-    graph does: an input of another rank or size, or of another batch size than the
-    first sequence, fails with `INVALID_ARGUMENT` and a text that names it.
+    **Names.** Inputs have the names of the `keras.Input`s. Outputs have the names of
+    the layers that return them, numbered if a layer returns several. If the model takes
+    or returns dicts, the names are the keys. A single input without a name is called
+    `inputs`.
 
-    Before the version is published, it is loaded again: its operations must be those
-    that TensorFlow Serving has, its warm-up requests are answered, and on random
-    ragged sequences its answers must be those of `model`. The version is written beside
-    its place and renamed once it is whole: a server that polls `directory` never sees
-    half of it. `keras_bnrnn.json` in it records what it is; `keras-bnrnn inspect
-    <directory>` prints that.
+    **Graph.** The batch size and T are free if they are free in the model.
+    Floating-point outputs are float32. The graph contains no Keras objects, no
+    optimizer and no cuDNN kernel, and only `serve_xla` uses XLA, so that CPU servers
+    without these can load it. TensorFlow Serving does not compare the shapes of a
+    request with the signature, so the graph does. If an input has the wrong rank or
+    size, or not the batch size of the first sequence, the request fails with
+    `INVALID_ARGUMENT` and a message that names the input.
 
-    Inputs have the names of the `keras.Input`s, outputs those of the layers that make
-    them, numbered if a layer makes several; if the model takes or returns dicts, the
-    names are the keys. A single input without a name is called `inputs`. The lengths
-    are those of every input with timesteps (of those whose T is free, if there are
-    such): a request with `lengths` in which these differ in T fails.
+    **Masks.** Layers receive masks as in Keras. `Embedding` and `Masking` combine their
+    masks with the mask of `lengths`. After a layer that drops masks, such as `Conv1D`,
+    padding counts as frames: this layer computes outputs for zeros in the padding. A
+    layer with `go_backwards` and `return_sequences` outside `Bidirectional` returns
+    sequences with the padding first, which Keras' masks cannot describe. The outputs of
+    a model with such a layer are not zeroed, and the layers above it depend on the
+    amount of padding.
 
-    A mask reaches a layer as it does in Keras; `Embedding` and `Masking` combine their
-    masks with the mask of the lengths. Past a layer that destroys masks, such as
-    `Conv1D`, padding counts as frames: the outputs of that layer for zeros. A layer
-    with `go_backwards` and `return_sequences` outside `Bidirectional` returns
-    sequences with the padding first, which Keras' masks do not describe. The outputs of
-    such a model are not zeroed, and layers above depend on the amount of padding.
+    **Checks.** Before the version is published, it is loaded again. TensorFlow Serving
+    must have all its operations, its warm-up requests must run, and its outputs on
+    random ragged sequences must equal those of `model`. The version is written under a
+    temporary name and renamed when it is complete, so a server that polls `directory`
+    never sees an incomplete version. The file `keras_bnrnn.json` in the version
+    describes the version. `keras-bnrnn inspect <directory>` prints a summary.
 
     Args:
         model: A built Sequential or Functional model with an input of shape
-            (B, T, ...). It is not changed.
-        directory: Path of the model, which holds its versions; made if need be.
-        version: Non-negative int. `None` (default): one above the highest there,
-            from 1.
-        lengths: Whether `serving_default` and `serve` take `lengths`. Without, every
-            frame counts, but for those that the model itself masks by their value; so
-            a server must not pad requests to batch them. Sequences whose T is free
-            then need not have the same T. `None` (default): `True` if T is free, or if
-            a layer creates a mask: `Masking`, or one with `mask_zero=True`. `True` is
-            an error for several sequences of unequal fixed T.
+            (B, T, ...). The model is not changed.
+        directory: Path of the model, which holds its versions; created if it does not
+            exist.
+        version: Non-negative int. `None` (default): one above the highest version in
+            `directory`, or 1 if there is none.
+        lengths: Whether `serving_default` and `serve` take `lengths`. If not, every
+            frame is valid except those that the model masks by value, so a server must
+            not pad requests to batch them; sequences whose T is free may then differ in
+            T. `None` (default): `True` if T is free, or if a layer creates a mask
+            (`Masking`, or a layer with `mask_zero=True`). `True` is an error if several
+            sequences have unequal fixed T.
         streaming: Whether to write `step`, `chunk` and `initial_state`. `"auto"`
-            (default): if the model is causal. `True`: an error if it is not.
-        text_front_end: A `keras_bnrnn.export.TextFrontEnd`, or a tokenizer to make one
-            of, for the signatures `text` and, for causal language models, `generate`.
+            (default): if the model is causal. `True` is an error if the model is not
+            causal.
+        text_front_end: A `keras_bnrnn.export.TextFrontEnd`, or a tokenizer for a
+            default `TextFrontEnd`. Adds the signature `text` and, for causal language
+            models, `generate`. Default: `None`.
         signatures: Dict of further signatures, from name to a function that takes
-            `predict` and returns a `tf.Module` whose `__call__` is a `tf.function`
-            with an `input_signature` and returns a dict of tensors. The module keeps
-            its tables and assets. `predict(inputs, lengths)` takes a dict of tensors
-            and returns one, as `serving_default` does; with `lengths=None` every frame
-            counts.
-        warmup: Requests that TensorFlow Serving runs before the version is available,
-            at most 1000: a list of dicts of arrays for `serving_default`, or a dict
-            of such lists by signature. `"auto"` (default): small random ones for each
-            signature, except `serve_xla`. `None`: none.
-        quantize: `"float16"`: weights are stored as float16, half the size, and
-            computed with as before; a weight whose rounding alone moves outputs by
-            more than 1e-3 of the largest stays as it is. `None` (default): none are.
-        xla_buckets: List of `(B, T)`: adds `serve_xla`, which pads a request to the
+            `predict` and returns a `tf.Module`. The `__call__` of this module must be a
+            `tf.function` with an `input_signature` that returns a dict of tensors. The
+            module holds the tables and assets of the function. `predict(inputs,
+            lengths)` maps a dict of tensors to a dict of tensors, as `serving_default`
+            does; with `lengths=None` every frame is valid. Default: `None`.
+        warmup: Requests that TensorFlow Serving runs before the version becomes
+            available, at most 1000: a list of dicts of arrays for `serving_default`, or
+            a dict from signature name to such a list. `"auto"` (default): one small
+            random request for each signature of this function except `serve_xla`.
+            `None`: no requests.
+        quantize: `"float16"`: store weights as float16, at half the size; the
+            computation dtype does not change. A weight stays float32 if rounding it
+            alone changes outputs by more than 1e-3 of the largest output. `None`
+            (default): store all weights unchanged.
+        xla_buckets: List of `(B, T)`. Adds `serve_xla`, which pads a request to the
             smallest of these sizes that holds it and runs a program that XLA compiled
-            for that size; a larger request runs as in `serve`. TensorFlow Serving has
-            XLA disabled unless it is started with `--xla_cpu_compilation_enabled`;
-            without it, `serve_xla` fails and the other signatures answer. Default:
+            for this size. A request larger than all sizes runs as in `serve`.
+            TensorFlow Serving disables XLA unless it is started with
+            `--xla_cpu_compilation_enabled`; without XLA, `serve_xla` fails and the
+            other signatures work. Default: `None`.
+        xla_warmup: Whether to add a warm-up request for each of `xla_buckets`, so that
+            the programs are compiled before the version becomes available. Default:
+            `False`, because a server without XLA cannot load a version with such
+            requests, and does not open its ports if this happens while it starts.
+        provenance: Dict that JSON can represent, recorded in `keras_bnrnn.json`. It may
+            describe the origin of the model, such as its data and commit. Default:
             `None`.
-        xla_warmup: Whether to add a request for each of `xla_buckets` to those of
-            `warmup`, so that the programs are compiled before the version is
-            available. Default `False`: a server without XLA refuses a version with
-            such requests, and if it is starting, opens no port.
-        provenance: Dict that JSON can carry, recorded in `keras_bnrnn.json`: data,
-            commit, whatever tells how the model came to be. Default: `None`.
 
     Returns:
         `pathlib.Path` of the version's directory.
 
     Raises:
-        ValueError: If `model` is not built, subclassed or stateful, or has no
-            input with timesteps; for a bad argument; if `directory` is not local; if
-            the model is not causal and `streaming` is True; if an operation is none
-            of TensorFlow Serving's.
-        ExportMismatchError: If an answer differs from the model's by more than 1e-4
-            of the largest output, or of 1 where that is less (with `quantize`, 1e-2).
-        VersionExistsError: If the version is there already; it is left as it is. A
-            `FileExistsError` and a `ValueError`.
+        ValueError: If `model` is not built, subclassed or stateful, or has no input
+            with timesteps; if an argument is invalid; if `directory` is not local; if
+            the model is not causal and `streaming` is True; if TensorFlow Serving lacks
+            an operation.
+        ExportMismatchError: If an output differs from the model's by more than 1e-4
+            (with `quantize`, 1e-2), relative to the largest output if that output
+            exceeds 1.
+        VersionExistsError: If the version already exists. A version is never
+            overwritten. This error is a `FileExistsError` and a `ValueError`.
 
     Example:
 
@@ -168,7 +180,7 @@ def export_saved_model(
     require_built_graph(model, "`export_saved_model`")
     refuse_stateful(
         model,
-        "The signatures `step` and `chunk` then take and return its states. ",
+        "The signatures `step` and `chunk` then take and return the states. ",
     )
     check_version(version)
     check_lengths(lengths)
@@ -188,7 +200,7 @@ def export_saved_model(
     halved = None
     if quantize == "float16":
         halved = halve_weights(served)
-        functions = None  # they read the float32 weights
+        functions = None  # the traced functions read the float32 weights
     root, functions = all_functions(
         served, functions, reason is None, text_front_end, signatures, xla_buckets
     )
@@ -206,7 +218,7 @@ def export_saved_model(
             root,
             os.fspath(path),
             signatures=functions,
-            # A served model is not trained, so the graph needs no gradients.
+            # The graph needs no gradients, since a served model is not trained.
             options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
         )
         require_stock_operations(path)

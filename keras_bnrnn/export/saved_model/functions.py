@@ -25,15 +25,15 @@ SERVE, XLA, STEP, CHUNK, INITIAL_STATE, TEXT, GENERATE = OWN_SIGNATURES = (
 
 
 def traced_functions(served, streaming):
-    """Traces `serve` and, for streaming, `step`.
+    """Traces `serve` and, unless `streaming` is `False`, `step`.
 
     Args:
         served: `ServedModel`.
-        streaming: The argument of `export_saved_model`.
+        streaming: The argument `streaming` of `export_saved_model`.
 
     Returns:
-        Dict from name to `tf.function`, and the reason why the model is not streamed,
-        or `None`.
+        Dict from name to `tf.function`, and the reason why the export does not have
+        the signatures for streaming, or `None`.
 
     Raises:
         ValueError: If `streaming` is True and the model is not causal.
@@ -46,18 +46,19 @@ def traced_functions(served, streaming):
     reason = why_not_causal(served, serve, step)
     if reason is not None and streaming is True:
         raise ValueError(
-            "`streaming=True` needs a causal model, whose frames can come one by one: "
+            "`streaming=True` needs a causal model, which can process single frames: "
             f"{reason}. Received: model={served.model.name!r}"
         )
     return {SERVE: serve, STEP: step}, reason
 
 
 def all_functions(served, traced, causal, text_front_end, signatures, xla_buckets):
-    """Makes the object to save and the functions of its signatures.
+    """Makes the object to save and the concrete functions of its signatures.
 
     Args:
         served: `ServedModel`, traced.
-        traced: What `traced_functions` returned, or `None` to make the functions anew.
+        traced: The dict that `traced_functions` returned, or `None` to make its
+            functions again.
         causal: Whether to make the signatures for streaming.
         text_front_end, signatures, xla_buckets: Arguments of `export_saved_model`.
 

@@ -20,14 +20,14 @@ def served_copy(layer, tracing, weights):
         weights: The `ServedWeights` of the served model.
 
     Returns:
-        A new layer; an operation is returned as it is.
+        A new layer. An operation is returned unchanged.
     """
     clone = copy_of(layer)
     if not isinstance(clone, keras.layers.Layer):
         return clone
     for part in sublayers(clone):
         if hasattr(part, "use_cudnn"):
-            # Traced where a GPU is visible, it would not load on a CPU server.
+            # A cuDNN operation, traced if a GPU is visible, cannot run on a CPU server.
             part.use_cudnn = False
         if isinstance(part, keras.layers.RNN):
             _run_served_loop(part, tracing, weights)
@@ -41,12 +41,12 @@ def served_copy(layer, tracing, weights):
 
 
 def _run_served_loop(layer, tracing, weights):
-    """Has a recurrent layer run the loop for serving, from the states of the call."""
+    """Makes a recurrent layer run `served_loop`, from the states of the call."""
     own_loop = layer.inner_loop
 
     def inner_loop(sequences, initial_state, mask, training=False):
         call = tracing.call
-        if call is None:  # Keras asks for shapes
+        if call is None:  # Keras infers shapes
             return own_loop(sequences, initial_state, mask, training)
         lasts = not call.in_frames
         continues = lasts and call.before is not None
@@ -82,9 +82,9 @@ def _run_served_loop(layer, tracing, weights):
 
 
 def _run_frames_at_once(time_distributed, tracing):
-    """Has a `TimeDistributed` apply its layer to all frames as one batch.
+    """Makes a `TimeDistributed` apply its layer to all frames as one batch.
 
-    Keras 3.15 takes the batch size for the number of frames where T is free.
+    If T is free, `TimeDistributed` of Keras 3.15 mistakes the batch size for T.
     """
 
     def call(inputs, training=None, mask=None):
@@ -105,7 +105,7 @@ def _run_frames_at_once(time_distributed, tracing):
 
 
 def _pass_mask_on(embedding):
-    """Has an `Embedding` pass on the mask of its ids, which Keras drops."""
+    """Makes an `Embedding` pass on the mask of its ids, which Keras drops."""
     own_mask = embedding.compute_mask
 
     def compute_mask(inputs, mask=None):
@@ -119,7 +119,7 @@ def _pass_mask_on(embedding):
 
 
 def _look_up_halves(embedding, weights):
-    """Has an `Embedding` read its float16 table and convert only the rows it reads."""
+    """Makes an `Embedding` gather rows of its float16 table and cast only those."""
     call = embedding.call
 
     def call_with_halves(inputs):
@@ -135,8 +135,8 @@ def _look_up_halves(embedding, weights):
 def _join_lengths(layer, tracing):
     """Combines every sequence mask that a layer receives with the mask of `lengths`.
 
-    A Functional model computes the masks of `Masking` and `Embedding` from the values
-    of its inputs alone, by operations that it recorded when it was built.
+    A Functional model records the operations that compute the masks of `Masking` and
+    `Embedding`. These masks depend on the values of the inputs alone.
     """
     call = layer.call
     signature = inspect.signature(call)
@@ -151,7 +151,7 @@ def _join_lengths(layer, tracing):
         if any(mask is own for own in now.masks):
             return mask
         if not _comes_from(mask, now.sequences):
-            return mask  # of an input without `lengths`
+            return mask  # the mask of an input without `lengths`
         valid = tf.sequence_mask(now.lengths, tf.shape(mask)[1])
         return tf.logical_and(tf.cast(mask, tf.bool), valid)
 
@@ -167,7 +167,7 @@ def _join_lengths(layer, tracing):
 
 
 def _comes_from(tensor, sources):
-    """Whether a tensor of a graph is computed from one of `sources`."""
+    """Returns whether a tensor of a graph is computed from one of `sources`."""
     wanted = {id(source.op) for source in sources}
     seen, queue = set(), [tensor.op]
     while queue:

@@ -1,8 +1,8 @@
-"""Runs recurrent layers in the exported graph: for inference, on CPUs, without XLA.
+"""Runs recurrent layers in the exported graph, for inference on CPUs.
 
-One row of an LSTM runs TensorFlow's `BlockLSTMV2`, one operation for all timesteps. All
-else runs the loop of `recurrence.py`. Many rows run in two slices of the batch side by
-side: one recurrence uses one core, and two slices use two.
+An LSTM with one row runs TensorFlow's `BlockLSTMV2`, one operation for all timesteps.
+All other cases run the loop of `recurrence.py`. A loop uses one core, so a large batch
+runs as two slices in parallel, on two cores.
 """
 
 import keras
@@ -11,17 +11,17 @@ import tensorflow as tf
 from keras_bnrnn.export.saved_model.recurrence import Recurrence
 from keras_bnrnn.layers.activations import elementwise
 
-# Measured on 2 cores, relative to Keras' loop, T = 50: with 128 units and one row the
-# loop takes 0.75 and BlockLSTMV2 0.5; with 32 rows one loop takes 1.05 and two slices
-# 0.75. BlockLSTMV2 of several rows takes 0.6 to 2.7, whether its products are split
-# over the cores or not. Below 8 rows slices cost more time than they save; more slices
-# than cores save nothing.
+# Times on 2 cores with T = 50, relative to Keras' loop. 128 units and one row: 0.75 for
+# the loop of `recurrence.py`, 0.5 for BlockLSTMV2. 32 rows: 1.05 for one loop, 0.75 for
+# two slices. BlockLSTMV2 with several rows: 0.6 to 2.7, whether or not its products are
+# split over the cores. Below 8 rows, slices cost more time than they save. More slices
+# than cores save no time.
 SLICED_FROM = 8
 SLICES = 2
 
 
 def has_served_loop(layer):
-    """Whether `served_loop` knows the equations of a recurrent layer."""
+    """Returns whether `served_loop` supports a recurrent layer."""
     stock = (keras.layers.SimpleRNN, keras.layers.LSTM, keras.layers.GRU)
     if type(layer) not in stock:
         return False
@@ -30,7 +30,7 @@ def has_served_loop(layer):
 
 
 def joins_kernels(layer):
-    """Whether `served_loop` takes `joined` weights for a layer."""
+    """Returns whether `served_loop` takes `joined` weights for a layer."""
     return type(layer) is keras.layers.LSTM and has_served_loop(layer)
 
 
@@ -45,23 +45,26 @@ def served_loop(
     compiled=False,
     wants_states=True,
 ):
-    """Returns what `layer.inner_loop` returns at inference.
+    """Replaces `layer.inner_loop` at inference.
 
-    If the mask is that of lengths, the last output is that of the last valid frame,
-    even with `zero_output_for_mask`: a row answers as if it were alone.
+    With `lengths`, the last output of a row is the output of its last valid frame, even
+    with `zero_output_for_mask`. The outputs of a row therefore do not depend on the
+    padding of the batch.
 
     Args:
         layer: A `keras.layers.SimpleRNN`, `LSTM` or `GRU`.
         sequences: Tensor (B, T, D).
         states: List of tensors (B, U).
         mask: Boolean tensor (B, T), or `None`.
-        lengths: int32 tensor (B,), if the mask is that of lengths and nothing else.
-        continues: Whether the states come from earlier frames. Before the first valid
-            frame the output is then the last output, not zeros.
+        lengths: int32 tensor (B,) if `mask` is the mask of these lengths; otherwise
+            `None`.
+        continues: Whether `states` are the states after earlier frames. If so, the
+            output before the first valid frame is the output of the last earlier
+            frame instead of zeros.
         joined: For an LSTM: kernel and recurrent kernel as one tensor, (D + U, 4U).
         compiled: Whether XLA compiles the loop. XLA has no `BlockLSTMV2`.
-        wants_states: Whether the caller uses the states. If not, only the first is
-            right.
+        wants_states: Whether the caller uses the returned states. If not, only the
+            first state is correct.
 
     Returns:
         The last output (B, U), outputs (B, T, U) in the order of processing, and the
@@ -71,7 +74,7 @@ def served_loop(
     if lengths is not None:
         lengths = tf.clip_by_value(lengths, 0, tf.shape(sequences)[1])
     if layer.go_backwards:
-        # With lengths: padding stays behind, where nothing needs to step over it.
+        # With lengths, only the valid frames are reversed, so padding stays at the end.
         sequences = _reversed_frames(sequences, lengths)
         if mask is not None and lengths is None:
             mask = tf.reverse(mask, [1])
@@ -114,7 +117,7 @@ def served_loop(
     else:
         outputs = tf.where(shown, outputs, zero)
     if layer.go_backwards and lengths is not None:
-        # Keras reverses padding as well: it comes first.
+        # Keras reverses the padding as well, so the padding comes first.
         outputs = tf.reverse(_reversed_frames(outputs, lengths), [1])
     return last, outputs, states
 
@@ -126,9 +129,9 @@ def _reversed_frames(sequences, lengths):
 
 
 def _shown(layer, mask, lengths, continues):
-    """The outputs to keep, (B, T, 1), and the last outputs to keep, (B, 1).
+    """Returns masks of the outputs (B, T, 1) and last outputs (B, 1) to keep.
 
-    The others become zeros or, past the lengths, repeat the last one.
+    Other outputs become zeros or, past the lengths, repeat the last output.
     """
     if lengths is not None:
         shown = tf.sequence_mask(lengths, tf.shape(mask)[1])
@@ -144,12 +147,16 @@ def _shown(layer, mask, lengths, continues):
 
 
 def _in_slices(function, rows):
-    """Runs a function on slices of the batch, side by side.
+    """Runs a function on slices of the batch in parallel.
 
     Args:
-        function: Takes tensors (b, ...), or `None`, and returns a list of tensors
-            (b, T, U) and (b, U), of the first one's dtype.
-        rows: List of tensors (B, ...), or `None`; the last of them are states.
+        function: Takes a slice (b, ...) of each of `rows`. Returns a list: outputs
+            (b, T, U) and states (b, U), in the dtype of the sequences.
+        rows: List: sequences (B, T, D); a mask or lengths (B, ...), or `None`; and
+            states (B, U).
+
+    Returns:
+        The list that `function` returns, for the whole batch.
     """
     sequences, _, *states = rows
     if sequences.shape[0] == 1:

@@ -1,13 +1,13 @@
-"""The recurrence of a stock Keras layer, as few operations of a graph.
+"""Computes the recurrence of a stock Keras layer with few graph operations.
 
-A graph pays about a microsecond for each operation, and for each turn of a loop. So the
-loop has few operations, and a turn computes several timesteps.
+Each operation, and each iteration of a loop, costs about a microsecond. The loop
+therefore has few operations, and an iteration computes several timesteps.
 """
 
 import keras
 import tensorflow as tf
 
-# Timesteps written out in one turn of a loop.
+# Timesteps in one iteration of the loop.
 TURN = 4
 
 
@@ -52,7 +52,7 @@ class Recurrence:
                 self.bias, self.recurrent_bias = tf.unstack(self.bias)
 
     def one_step(self, frame, states, mask):
-        """The states after a frame (B, D)."""
+        """Returns the states after a frame (B, D)."""
         if self.joined is not None:
             both = tf.matmul(tf.concat([frame, states[0]], 1), self.joined)
             new = self._gated(tf.nn.bias_add(both, self.bias), states[1])
@@ -63,7 +63,7 @@ class Recurrence:
 
     @property
     def has_block(self):
-        """Whether `block` runs the layer."""
+        """Whether `block` can run the layer."""
         usual = (
             self.activation is keras.activations.tanh
             and self.gate is keras.activations.sigmoid
@@ -72,19 +72,19 @@ class Recurrence:
         return self.joined is not None and usual and self.dtype in dtypes
 
     def run(self, frames, states, mask, lengths, wants_states):
-        """Outputs (B, T, U), and the states after the last valid frame."""
+        """Returns outputs (B, T, U) and the states after the last valid frame."""
         timesteps = tf.shape(frames)[1]
         if lengths is not None and wants_states and len(states) > 1:
             mask, lengths = tf.sequence_mask(lengths, timesteps), None
         outputs, *after = self._loop(frames, states, mask, timesteps)
         if lengths is not None:
-            # Nobody reads what the loop makes of padding, so it needs no mask.
+            # The loop needs no mask, since its outputs at padding are discarded.
             outputs_too = tf.concat([states[0][:, None], outputs], 1)
             after[0] = tf.gather(outputs_too, lengths, batch_dims=1)
         return [outputs, *after]
 
     def block(self, frames, states, lengths):
-        """Outputs and states like those of `run`, by one operation."""
+        """Returns the outputs and states of `run`, computed by `BlockLSTMV2`."""
         h, c = states
         no_peephole = tf.zeros([self.units], self.dtype)
         _, cs, _, _, _, _, hs = tf.raw_ops.BlockLSTMV2(
@@ -138,7 +138,7 @@ class Recurrence:
             element_shape=states[0].shape,
             infer_shape=False,
         )
-        # An array of nothing cannot be stacked.
+        # `stack` fails if no element was written. Writes one, in case T is 0.
         loop = (0, states, outputs.write(0, states[0]))
         whole = timesteps // TURN * TURN
         loop = tf.while_loop(lambda t, *_: t < whole, turn(TURN), loop)

@@ -1,4 +1,4 @@
-"""Makes small warm-up requests for the signatures of the package."""
+"""Makes warm-up requests for the signatures of `export_saved_model`."""
 
 import numpy as np
 
@@ -7,16 +7,16 @@ from keras_bnrnn.export.names import LENGTHS, TIME
 
 
 def example_requests(served, functions, xla_buckets):
-    """Small warm-up requests for the signatures of the package.
+    """Makes one small warm-up request for each signature of `export_saved_model`.
 
     Args:
         served: `ServedModel`.
         functions: Dict from the name of each signature to its function.
-        xla_buckets: List of `(B, T)`. The requests of `serve_xla` come last, one for
-            each bucket.
+        xla_buckets: List of `(B, T)`. The last requests are one `serve_xla` request
+            for each bucket.
 
     Returns:
-        List of `(signature_name, inputs)`, inputs a dict of arrays.
+        List of `(signature_name, inputs)`, where `inputs` is a dict of arrays.
     """
     rng = np.random.default_rng(0)
     interface = served.interface

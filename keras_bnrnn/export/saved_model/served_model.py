@@ -1,4 +1,4 @@
-"""Runs a folded model on named tensors: whole sequences, or the next frames."""
+"""Runs a folded model on named tensors, for whole sequences or for next frames."""
 
 import typing
 import warnings
@@ -22,8 +22,8 @@ class State(typing.NamedTuple):
     """A state that a recurrent layer carries from frame to frame.
 
     Attributes:
-        name: Its name in signatures, such as `"lstm_h"`.
-        shape: Its shape without the batch, such as `(128,)`.
+        name: The name in signatures, such as `"lstm_h"`.
+        shape: The shape without the batch, such as `(128,)`.
     """
 
     name: str
@@ -35,18 +35,19 @@ class ServedModel:
 
     Attributes:
         model: A copy of the folded model, whose layers are adapted to serving.
-        weights: `ServedWeights`, the variables of the graph that the copy has not.
+        weights: `ServedWeights`, the variables of the graph that are not variables of
+            the copy.
         interface: `Interface`, the names and shapes of inputs and outputs.
-        takes_lengths: Whether whole sequences come with `lengths`.
+        takes_lengths: Whether `serve` takes `lengths`.
 
     Args:
         folded: A folded model.
-        lengths: Bool, whether whole sequences come with `lengths`. `None` (default):
-            if T is free, or if a layer makes a mask.
+        lengths: Bool, whether `serve` takes `lengths`. `None` (default): if T is free,
+            or if a layer makes a mask.
 
     Raises:
-        ValueError: If no input has timesteps, or one is called `lengths`; if `lengths`
-            is True for sequences of unequal fixed T.
+        ValueError: If no input has timesteps, or an input is called `lengths`; if
+            `lengths` is True and the sequences have unequal fixed T.
     """
 
     def __init__(self, folded, lengths=None):
@@ -70,7 +71,7 @@ class ServedModel:
 
     @property
     def state_specs(self):
-        """List of `State`; known once `predict` or `advance` was traced."""
+        """List of `State`; available after `predict` or `advance` was traced."""
         names, shapes = [], []
         for layer, shapes_of_layer in self._tracing.recurrent:
             names += state_names(layer, len(shapes_of_layer))
@@ -80,7 +81,7 @@ class ServedModel:
         return [State(*pair) for pair in zip(names, shapes, strict=True)]
 
     def states(self, batch_size):
-        """Dict of the states that a sequence starts from, float32."""
+        """Returns a dict of the float32 zero states at the start of a sequence."""
         return {
             state.name: tf.zeros([batch_size, *state.shape])
             for state in self.state_specs
@@ -88,16 +89,17 @@ class ServedModel:
 
     @tf.autograph.experimental.do_not_convert
     def predict(self, inputs, lengths, compiled=False):
-        """The outputs for whole sequences.
+        """Computes the outputs for whole sequences.
 
         Args:
             inputs: Dict of tensors. The graph checks their shapes when it runs.
-            lengths: int32 tensor (B,), clamped to 0..T; `None` where every frame
-                counts.
-            compiled: Whether XLA compiles this. XLA compiles no check of shapes.
+            lengths: int32 tensor (B,), clamped to 0..T; `None` if every frame is valid.
+            compiled: Whether XLA compiles this function. If so, shapes are not checked,
+                since XLA cannot compile the check.
 
         Returns:
-            Dict of tensors, floats as float32; per-step ones zero past the lengths.
+            Dict of tensors. Floating-point outputs are float32; per-step outputs are
+            zero past the lengths.
         """
         if not compiled:
             inputs = dict(inputs)
@@ -110,17 +112,19 @@ class ServedModel:
 
     @tf.autograph.experimental.do_not_convert
     def advance(self, inputs, lengths, states):
-        """The outputs for the next frames of sequences.
+        """Computes the outputs and states for the next frames of sequences.
 
         Args:
             inputs: Dict of tensors.
-            lengths: int32 tensor (B,), clamped to 0..T; `None` where all T are valid.
+            lengths: int32 tensor (B,), clamped to 0..T; `None` if every frame is valid.
             states: Dict of tensors, the states of the recurrent layers before these
-                frames. Callers check the shapes of `inputs`, `lengths` and `states`.
+                frames.
+
+        The caller must check the shapes of all arguments.
 
         Returns:
-            Outputs like those of `predict`, and the dict of the states after the last
-            valid frames.
+            Dict of outputs, as `predict` returns it, and dict of the states after the
+            last valid frame of each row.
         """
         flat = iter(states[state.name] for state in self.state_specs)
         before = [[next(flat) for _ in shapes] for _, shapes in self._tracing.recurrent]
@@ -131,7 +135,7 @@ class ServedModel:
         return outputs, dict(zip(names, after, strict=True))
 
     def _run(self, inputs, call):
-        """The named outputs of the model."""
+        """Calls the model and returns its named outputs."""
         masks = dict.fromkeys(inputs)
         cleaned = dict(inputs)
         if call.lengths is not None:
@@ -146,7 +150,7 @@ class ServedModel:
             self.weights.in_use(),
             warnings.catch_warnings(),
         ):
-            # Keras does not know that a model as a whole passes masks on.
+            # Keras warns that the model as a whole does not support masks.
             warnings.filterwarnings("ignore", f"Layer '{self.model.name}'.* mask")
             outputs = self.model(
                 self._packed(cleaned), mask=self._packed(masks), training=False
@@ -154,11 +158,11 @@ class ServedModel:
         return self._named(keras.tree.flatten(outputs), call.lengths)
 
     def _packed(self, named):
-        """Nests a dict of inputs as the model takes them."""
+        """Packs a dict of inputs into the structure that the model takes."""
         return nested_inputs(self.model, [named[n] for n in self.interface.inputs])
 
     def _named(self, outputs, lengths):
-        """Names the flat outputs, and zeroes those with timesteps past the lengths."""
+        """Names the flat outputs, and zeroes per-step outputs past the lengths."""
         named = {}
         per_step = self.interface.per_step
         for (name, has_frames), y in zip(per_step.items(), outputs, strict=True):
@@ -169,7 +173,7 @@ class ServedModel:
 
 
 def _takes_lengths(model, interface, lengths):
-    """Whether whole sequences come with `lengths`, as the user or the model says."""
+    """Returns whether `serve` takes `lengths`; decides by the model if it is `None`."""
     timesteps = interface.timesteps
     one_for_all = len(set(timesteps.values())) == 1
     if lengths is None:
@@ -184,7 +188,7 @@ def _takes_lengths(model, interface, lengths):
 
 
 def _zeroed(x, mask):
-    """A tensor (B, T, ...) with zeros where the mask (B, T) is false."""
+    """Zeroes a tensor (B, T, ...) where the mask (B, T) is false."""
     for _ in range(len(x.shape) - 2):
         mask = mask[..., None]
     return tf.where(mask, x, tf.zeros([], x.dtype))

@@ -7,7 +7,7 @@ from keras_bnrnn.export.shapes import require_shapes
 
 
 def serve_function(served):
-    """`serve`: computes the outputs of whole sequences, with their lengths if so."""
+    """Makes `serve`, which computes the outputs for whole sequences."""
     interface = served.interface
     specs = list(interface.specs().values())
     if served.takes_lengths:
@@ -22,9 +22,9 @@ def serve_function(served):
 
 
 def step_function(served):
-    """`step`: computes outputs and states for the next frame of each sequence.
+    """Makes `step`, which computes outputs and states for one frame of each row.
 
-    Needs a `ServedModel` whose `predict` was traced.
+    The `predict` of the `ServedModel` must have been traced.
     """
     interface = served.interface
     inputs = interface.specs(one_frame=True)
@@ -52,10 +52,10 @@ def step_function(served):
 
 
 def chunk_function(served):
-    """`chunk`: computes outputs and states for the next frames of each sequence.
+    """Makes `chunk`, which computes outputs and states for the next frames of each row.
 
-    A row may have some new frames or none. Needs a `ServedModel` whose `predict` was
-    traced.
+    A row may have any number of new frames, or none. The `predict` of the `ServedModel`
+    must have been traced.
     """
     interface = served.interface
     inputs = interface.specs()
@@ -84,9 +84,10 @@ def chunk_function(served):
 
 
 def initial_state_function(served):
-    """`initial_state`: returns the states that a sequence starts from.
+    """Makes `initial_state`, which returns the states at the start of a sequence.
 
-    Takes any tensor (B, ...), such as the first frame, for its batch size.
+    `initial_state` takes any tensor (B, ...), such as the first frame, and reads its
+    batch size.
     """
     interface = served.interface
     first = interface.sequences[0]
@@ -123,5 +124,5 @@ def _state_shapes(served):
 
 
 def _split(tensors, *parts):
-    """Splits a dict of tensors into one for the names of each part."""
+    """Splits a dict of tensors into one dict for the names in each of `parts`."""
     return [{name: tensors[name] for name in part} for part in parts]

@@ -1,4 +1,4 @@
-"""Tells the layers of a served model about the call that is being traced."""
+"""Passes information about the traced call to the layers of a served model."""
 
 import contextlib
 import dataclasses
@@ -10,16 +10,16 @@ class Call:
     """A call of a served model, as its layers see it.
 
     Attributes:
-        lengths: Tensor (B,), or `None` where every frame is valid.
-        sequences: The sequences of the call and their masks. A mask that is computed
-            from one of them belongs to the lengths.
-        masks: The masks that are those of the lengths and nothing else.
-        before: The states to start from, a list for each recurrent layer in the order
-            in which they run; `None`: the layers' own initial states.
-        after: The final states of the layers, in the same order.
+        lengths: Tensor (B,), or `None` if every frame is valid.
+        sequences: The sequences of the call and their masks. `lengths` applies to every
+            mask that is computed from one of these tensors.
+        masks: The masks of `lengths`, not combined with other masks.
+        before: The states before the call: a list for each recurrent layer, in the
+            order in which the layers run. `None`: the initial states of the layers.
+        after: The states after the call, in the same order.
         compiled: Whether XLA compiles the call.
-        in_frames: Whether the layer that runs is inside a `TimeDistributed`, which
-            applies it to each frame: its states do not last from frame to frame.
+        in_frames: Whether the running layer is inside a `TimeDistributed`. Such a layer
+            keeps no states from frame to frame.
     """
 
     lengths: typing.Any = None
@@ -33,12 +33,12 @@ class Call:
 
 @dataclasses.dataclass
 class Tracing:
-    """What the layers of a served model share while a call is traced.
+    """The state that the layers of a served model share while a call is traced.
 
     Attributes:
-        call: The `Call` that is being traced; `None` while Keras asks for shapes.
+        call: The `Call` being traced; `None` while Keras infers shapes.
         recurrent: The recurrent layers that the last call ran, in order: pairs of a
-            layer and the list of its states' shapes without the batch.
+            layer and the list of the shapes of its states without the batch.
     """
 
     call: Call | None = None
@@ -46,7 +46,7 @@ class Tracing:
 
     @contextlib.contextmanager
     def of(self, call):
-        """Makes `call` the one that the layers see."""
+        """Sets `call` as the current call inside a `with` block."""
         before = self.recurrent
         self.call, self.recurrent = call, []
         try:
@@ -54,4 +54,5 @@ class Tracing:
         finally:
             self.call = None
             if before:
-                self.recurrent = before  # the same layers in the same order
+                # Every call runs the same layers in the same order.
+                self.recurrent = before

@@ -14,24 +14,26 @@ from keras_bnrnn.traversal import sublayers
 
 
 def compare(model, served, serve, tolerance):
-    """Compares answers on random ragged sequences with the model in memory.
+    """Compares the outputs of a version with its model on random ragged sequences.
 
-    Each row of a padded batch must be answered as the model answers the row alone. If
-    `serve` takes no lengths, there is no padding.
+    The outputs for each row of a padded batch must equal the model's outputs for this
+    row alone. If `serve` takes no lengths, the batch has no padding.
 
     Args:
         model: The model that was exported.
-        served: `ServedModel` of it.
+        served: The `ServedModel` of the model.
         serve: The signature `serve` of the loaded version.
         tolerance: The largest difference that passes, relative to the largest output
-            if that exceeds 1.
+            if that output exceeds 1. At least 1e-2 for a model with float16 or
+            bfloat16 layers.
 
     Returns:
-        Dict with the largest difference found, the tolerance, and the name of a layer
-        that destroys masks, or `None`: with such a layer all rows have the same length.
+        Dict with `largest_difference`; `tolerance`; and `padding_counts_from`, the name
+        of a layer that drops masks or reverses time, or `None`. With such a layer, all
+        rows of the comparison have the same length.
 
     Raises:
-        ExportMismatchError: If an answer differs by more.
+        ExportMismatchError: If an output differs by more than the tolerance.
     """
     interface = served.interface
     rng = np.random.default_rng(1)
@@ -58,8 +60,8 @@ def compare(model, served, serve, tolerance):
     require_small(gaps, tolerance, "version")
     if destroyer and fixed is None:
         warnings.warn(
-            f"Padding counts as frames past {destroyer!r}, which does not hand masks "
-            "on: answers depend on how far a request is padded.",
+            f"Padding counts as frames past {destroyer!r}, which does not pass masks "
+            "on: outputs depend on the amount of padding in a request.",
             stacklevel=2,
         )
     return {
@@ -70,7 +72,7 @@ def compare(model, served, serve, tolerance):
 
 
 def _with_nan_past(x, lengths):
-    """Sequences with NaN past the lengths; integers stay as they are."""
+    """Sets frames past the lengths to NaN; leaves integer sequences unchanged."""
     x = x.numpy()
     if x.dtype.kind == "f":
         x[np.arange(x.shape[1]) >= lengths[:, None]] = np.nan
@@ -78,7 +80,7 @@ def _with_nan_past(x, lengths):
 
 
 def _gaps(model, served, inputs, lengths, answers):
-    """The largest `gap` of each output to the outputs of each row alone, by name."""
+    """Returns the largest `gap` of each output to that of the rows alone, by name."""
     per_step = served.interface.per_step
     gaps = dict.fromkeys(per_step, 0.0)
     for row, length in enumerate(lengths):
@@ -93,7 +95,7 @@ def _gaps(model, served, inputs, lengths, answers):
 
 
 def _alone(served, inputs, row, length):
-    """One row of a dict of inputs without padding, as often as the batch size wants."""
+    """Returns one row of the inputs without padding, repeated to a fixed batch size."""
     interface = served.interface
     alone = {name: x[row : row + 1] for name, x in inputs.items()}
     if served.takes_lengths:

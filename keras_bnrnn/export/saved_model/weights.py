@@ -1,4 +1,4 @@
-"""Stores the weights of a served model: joined kernels and float16."""
+"""Stores weights of a served model as joined kernels and as float16."""
 
 import contextlib
 
@@ -11,11 +11,11 @@ from keras_bnrnn.traversal import sublayers
 
 
 class ServedWeights:
-    """The variables of a served graph that stand for weights of its Keras layers.
+    """The variables of a served graph that replace weights of its Keras layers.
 
     Attributes:
-        joined: Dict from the id of an LSTM layer to a variable (D + U, 4U), its kernel
-            and its recurrent kernel.
+        joined: Dict from the id of an LSTM layer to a variable (D + U, 4U), which holds
+            the kernel above the recurrent kernel.
     """
 
     def __init__(self):
@@ -23,7 +23,7 @@ class ServedWeights:
         self._halves = {}  # id of a weight -> the weight, and its float16 variable
 
     def join_kernels(self, model):
-        """Makes the variables of joined kernels for a model's LSTM layers."""
+        """Creates the joined variables of a model's LSTM layers."""
         for layer in sublayers(model):
             if joins_kernels(layer) and layer.built:
                 self.joined[id(layer)] = tf.Variable(
@@ -31,14 +31,14 @@ class ServedWeights:
                 )
 
     def set(self, model, weights):
-        """Sets the weights of a model, arrays in the order of `model.weights`."""
+        """Sets the weights of a model from arrays in the order of `model.weights`."""
         model.set_weights(weights)
         for layer in sublayers(model):
             if id(layer) in self.joined:
                 self.joined[id(layer)].assign(_both_kernels(layer))
 
     def half(self, weight):
-        """The float16 variable of a weight, or `None`."""
+        """Returns the float16 variable of a weight, or `None`."""
         _, half = self._halves.get(id(weight), (None, None))
         return half
 
@@ -46,8 +46,8 @@ class ServedWeights:
         """Stores weights of a model as float16.
 
         Args:
-            model: The model, whose weights were rounded to float16.
-            indices: The places of these weights in `model.weights`.
+            model: The model. The weights at `indices` hold values rounded to float16.
+            indices: The indices of these weights in `model.weights`.
         """
         for i in indices:
             variable = model.weights[i]
@@ -64,7 +64,7 @@ class ServedWeights:
                         del self._halves[id(kernel)]
 
     def in_use(self):
-        """A context in which Keras layers compute with the float16 variables."""
+        """Returns a context in which Keras layers use the float16 variables."""
         if not self._halves:
             return contextlib.nullcontext()
         return keras.StatelessScope(
@@ -76,9 +76,9 @@ class ServedWeights:
 
 
 def halve_weights(served, tolerance=1e-3):
-    """Stores as float16 the weights of a model whose rounding changes little.
+    """Stores weights as float16 if rounding them changes the outputs little.
 
-    Functions that were traced before still read the float32 weights.
+    Functions that are already traced still read the float32 weights.
 
     Args:
         served: `ServedModel`.
@@ -86,7 +86,7 @@ def halve_weights(served, tolerance=1e-3):
             on random sequences, relative to the largest output.
 
     Returns:
-        Dict of the names of the weights in `"float16"` and in `"float32"`.
+        Dict from `"float16"` and `"float32"` to the names of the weights stored so.
     """
     weights = served.model.get_weights()
     halves = _small_changes(served, weights, tolerance)
@@ -100,10 +100,10 @@ def halve_weights(served, tolerance=1e-3):
 
 
 def _small_changes(served, weights, tolerance):
-    """Finds the weights whose rounding to float16 changes outputs little.
+    """Finds the weights whose rounding to float16 changes the outputs little.
 
     Returns:
-        Dict from the place of each such weight to its rounded array, in float32.
+        Dict from the index of each such weight to its rounded values, as float32.
     """
     inputs = served.example_inputs(2, 8, np.random.default_rng(2))
     predict = tf.function(served.predict, autograph=False)

@@ -1,4 +1,4 @@
-"""Makes the signature `serve_xla`, which XLA compiles for a few sizes."""
+"""Makes the signature `serve_xla`, which XLA compiles for given sizes."""
 
 import numbers
 
@@ -9,7 +9,7 @@ from keras_bnrnn.export.shapes import require_shapes
 
 
 def check_buckets(buckets):
-    """Checks a list of `(B, T)` and returns it sorted, the smallest first."""
+    """Checks a list of `(B, T)` and returns it sorted by size, smallest first."""
     if buckets is None:
         return []
     whole = isinstance(buckets, (list, tuple)) and all(
@@ -31,7 +31,7 @@ def check_buckets(buckets):
 
 
 def xla_function(served, buckets):
-    """`serve_xla`: computes as `serve`, padded to a bucket and compiled for it."""
+    """Makes `serve_xla`, which pads a request to a bucket and runs its XLA program."""
     interface = served.interface
     for name, x in interface.inputs.items():
         fixed = [(0, x.shape[0])]
@@ -39,7 +39,7 @@ def xla_function(served, buckets):
             fixed.append((1, x.shape[1]))
         if x.dtype == "string" or any(n is not None for _, n in fixed):
             raise ValueError(
-                "`xla_buckets` needs numbers of free batch size and T as inputs. "
+                "`xla_buckets` needs numeric inputs with a free batch size and T. "
                 f"Received: input {name!r} of {x.dtype} and shape {x.shape}"
             )
     inputs = interface.specs()
@@ -85,7 +85,7 @@ def xla_function(served, buckets):
 
 
 def _padded(x, sizes):
-    """Pads a tensor with zeros at the end, to the given sizes of its first axes."""
+    """Pads a tensor with zeros at the end, so that its first axes have `sizes`."""
     behind = [size - tf.shape(x)[axis] for axis, size in enumerate(sizes)]
     behind += [0] * (len(x.shape) - len(sizes))
     padded = tf.pad(x, [[0, n] for n in behind])

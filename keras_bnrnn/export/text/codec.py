@@ -15,13 +15,14 @@ CHANGES_TABLES = ("LookupTableInsert", "LookupTableRemove", "MutableHashTable")
 
 
 class Codec(tf.Module):
-    """Converts text to token ids and back, with the tables that it needs.
+    """Converts text to token ids and back, and holds the tables of the tokenizer.
 
     Args:
         front_end: `TextFrontEnd`.
 
     Raises:
-        ValueError: If the tokenizer runs Python or changes tables, or returns no ids.
+        ValueError: If the tokenizer runs Python, changes tables or does not return
+            ids.
         ImportError: If the tokenizer needs tensorflow-text and it is not installed.
     """
 
@@ -36,7 +37,7 @@ class Codec(tf.Module):
         known = vocabulary_of(front_end.tokenizer)
         self.pads = any(known.get(piece) == self.padding for piece in PADDING)
         self.detokenizer = front_end.detokenize or detokenizer_of(self.tokenizer)
-        # Found here, not in a graph, where the size of a table is a tensor.
+        # Read outside any graph: in a graph, the size of a table is a tensor.
         self._known = sorted(known.values())
         self._require_operations(front_end.tokenizer)
 
@@ -47,7 +48,7 @@ class Codec(tf.Module):
             graph = ids.get_concrete_function(tf.TensorSpec([None], tf.string)).graph
         except _NotIds:
             raise
-        except Exception as error:  # whatever a tokenizer of Python code may raise
+        except Exception as error:  # Python code may raise any error
             raise ValueError(
                 "`tokenizer` must be made of TensorFlow operations, to run in an "
                 f"exported graph. Received: tokenizer={kind}, which fails with: {error}"
@@ -59,14 +60,14 @@ class Codec(tf.Module):
         bad = sorted(n for n in names if "PyFunc" in n or n.startswith(CHANGES_TABLES))
         if bad:
             raise ValueError(
-                "`tokenizer` must not run Python nor change tables as it serves. "
+                "`tokenizer` must not run Python or change tables in the graph. "
                 f"Received: tokenizer={kind}, with the operations {bad}"
             )
 
     def ids(self, text):
-        """Ragged int32 ids (B, T) of strings (B,)."""
+        """Converts strings (B,) to ragged int32 ids (B, T)."""
         text = self.utf8(text)
-        # One row more: `ByteTokenizer`, for one, fails for a batch without a token.
+        # Adds a row, because `ByteTokenizer` fails on a batch without tokens.
         ids = self.tokenizer(tf.concat([text, ["a"]], axis=0))
         shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", tf.string)
         if shape is None or shape.rank != 2 or not dtype.is_integer:
@@ -90,24 +91,25 @@ class Codec(tf.Module):
         return ids.with_flat_values(tf.where(known, ids.flat_values, self.unknown))
 
     def text(self, ids):
-        """Strings (B,) of ragged int32 ids (B, T)."""
+        """Converts ragged int32 ids (B, T) to strings (B,)."""
         return self.utf8(self.detokenizer(ids))
 
     def utf8(self, text):
+        """Replaces invalid UTF-8 in strings by U+FFFD."""
         return tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")
 
     def pieces(self, ids):
-        """Strings (B, T) of ragged int32 ids (B, T): that of each token alone."""
+        """Converts each of ragged int32 ids (B, T) to a string: ragged (B, T)."""
         alone = tf.RaggedTensor.from_tensor(ids.flat_values[:, None])
         return ids.with_flat_values(self.text(alone))
 
     def after_start(self, ids):
-        """Ids (B, 1 + T): the start token, the ids, any padding."""
+        """Puts the start token before ragged ids (B, T): returns dense (B, 1 + T)."""
         start = tf.fill([ids.nrows(), 1], tf.constant(self.start, tf.int32))
         return tf.concat([start, ids.to_tensor()], axis=1)
 
     def never(self):
-        """Boolean array (vocabulary size,): ids that no text should hold."""
+        """Returns a boolean array (V,): true for ids that must not be generated."""
         never = np.zeros([self.size], bool)
         if self._known:
             never[:] = True

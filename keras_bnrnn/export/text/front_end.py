@@ -1,4 +1,4 @@
-"""`TextFrontEnd` says how text becomes token ids."""
+"""Defines `TextFrontEnd`, the conversion between text and token ids."""
 
 import dataclasses
 import typing
@@ -13,58 +13,70 @@ from keras_bnrnn.export.text.tokenizers import own_size, vocabulary_of
 class TextFrontEnd:
     """A tokenizer and, for language models, its special tokens and limits.
 
-    The signature `text` takes `text`, strings (B,). For a language model, which is a
-    causal model with an output (B, T, `vocabulary_size`), it returns
+    The signature `text` takes `text`, strings (B,). A language model is a causal model
+    with an output (B, T, `vocabulary_size`). For a language model, `text` returns
 
-    - `tokens`, strings (B, T): the text of each token alone;
-    - `log_probabilities` (B, T): log p(token | those before it), 0 past the length;
+    - `tokens`, strings (B, T): the text of each token;
+    - `log_probabilities` (B, T): log p(token | the tokens before it), 0 in padding;
     - `lengths` int32 (B,): the number of tokens;
     - `perplexity` (B,): exp(-mean log p), 1 for a text without tokens.
 
-    For any other model it returns the model's outputs, as `serving_default` does.
+    For any other model, `text` returns the model's outputs, as `serving_default` does.
 
-    The signature `generate` of a language model takes `prompt`, strings (B,),
+    Language models also have the signature `generate`. It takes `prompt`, strings (B,),
     `max_tokens` int32 (B,), `temperature` float32 (B,) and `seed` int32 (B,). It
-    returns `text`, strings (B,): the prompt as it was written and up to `max_tokens`
-    tokens more, drawn from softmax(logits / temperature), the likeliest one where the
-    temperature is 0. A row ends before the end token; unknown, start and padding
-    tokens never come, nor ids that the tokenizer does not know. What a row draws
-    depends on its own seed alone, not on the other rows of a batch. Out of their
-    range, `max_tokens` counts as the nearest value in 0..`self.max_tokens` and a
-    temperature that is negative or NaN as 0: an error would fail the requests of
-    others in the batch.
+    returns `text`, strings (B,): the unchanged prompt, followed by up to `max_tokens`
+    generated tokens.
 
-    Text that is not UTF-8 has U+FFFD for each wrong part. A token that is not below
-    `vocabulary_size` becomes the unknown token, or is left out if there is none.
+    - Tokens are sampled from softmax(logits / temperature). If the temperature is 0,
+      the most likely token is chosen.
+    - Generation stops before the end token. Unknown, start and padding tokens, and ids
+      without a token in the tokenizer's vocabulary, are never generated.
+    - The sampled tokens of a row depend on the row's seed, not on the other rows of the
+      batch.
+    - `max_tokens` is clipped to 0..`self.max_tokens`; a negative or NaN temperature
+      counts as 0. The graph raises no error, because an error would fail the other
+      requests of the batch.
 
-    The tokenizers of KerasHub work in the exported graph as they do in `tf.data`; a
-    `BytePairTokenizer` without the cache that it fills as it serves. There it splits
-    numbers unlike the `BytePairTokenizer` that is called on Python strings.
-    For words, take `keras.layers.TextVectorization`, with `split=` a function such
-    as `tensorflow_text.UnicodeScriptTokenizer().tokenize` where whitespace will not do.
+    Each invalid UTF-8 sequence in a text is replaced by U+FFFD. An id outside
+    0..`vocabulary_size` - 1 becomes the unknown token, or is dropped if there is no
+    unknown token.
+
+    KerasHub tokenizers work in the exported graph as they do in `tf.data`. A
+    `BytePairTokenizer` runs without its cache, which would grow while serving. In a
+    graph, a `BytePairTokenizer` splits numbers differently than when it is called on
+    Python strings. For tokens that are words, use `keras.layers.TextVectorization`. If
+    whitespace is not the right boundary, pass it a `split` function such as
+    `tensorflow_text.UnicodeScriptTokenizer().tokenize`.
 
     Args:
         tokenizer: Function of TensorFlow operations from strings (B,) to integer ids
-            (B, T), ragged, or dense with 0 (or `tokenizer.pad_token_id`) as padding;
-            what tables it has must be found in its attributes, as in a Keras layer or
-            a `tf.Module`.
-        start_token: The token before the first: a string of the tokenizer's vocabulary
-            or an id below `vocabulary_size`. `None` (default): what the tokenizer calls
-            `start_token_id`, or `"<s>"`, or the end token.
-        end_token: The token after the last, likewise. `None` (default):
-            `end_token_id`, or `"</s>"`, or there is none.
-        unknown_token: Likewise. `None` (default): `oov_token`, `unk_token`, `"[UNK]"`,
-            `"<unk>"`, or there is none.
-        vocabulary_size: Positive int, how many ids the model knows. `None` (default):
-            what the tokenizer says.
+            (B, T). The ids are ragged, or dense and padded with 0 (or
+            `tokenizer.pad_token_id`). Any lookup tables must be attributes of the
+            tokenizer, as in a Keras layer or a `tf.Module`.
+        start_token: The token before the first token of a text: a string in the
+            tokenizer's vocabulary or an id below `vocabulary_size`. `None` (default):
+            the tokenizer's `start_token_id` or `start_token`, or else `"<s>"`, or else
+            the end token.
+        end_token: The token after the last token of a text, a string or an id. `None`
+            (default): the tokenizer's `end_token_id` or `end_token`, or else `"</s>"`,
+            or else no end token.
+        unknown_token: The token for text outside the vocabulary, a string or an id.
+            `None` (default): the tokenizer's `oov_token` or `unk_token` (or the
+            attribute of this name with `_id`), or else `"[UNK]"` or `"<unk>"`, or else
+            no unknown token.
+        vocabulary_size: Positive int, the number of ids of the model. `None` (default):
+            the vocabulary size of the tokenizer.
         detokenize: Function of TensorFlow operations from ragged int32 ids (B, T) to
             strings (B,). `None` (default): `tokenizer.detokenize`; for
-            `TextVectorization`, words joined by spaces.
-        max_tokens: Positive int, the most that a request may have generated.
-        logits: Whether a language model's output is logits; else probabilities.
+            `TextVectorization`, joins words with spaces (characters without).
+        max_tokens: Positive int, the largest number of tokens that a request may
+            generate. Default: 200.
+        logits: Whether the output of a language model is logits (default) or
+            probabilities.
 
     Raises:
-        ValueError: For an argument that is none of these.
+        ValueError: If an argument is invalid.
 
     Example:
 
@@ -119,30 +131,37 @@ class TextFrontEnd:
 
     @property
     def start_id(self):
-        """Id of the token before the first, or `None`."""
+        """The id of the start token, or `None`."""
         own = self._id("start_token", ["start_token"], ["<s>"])
         return self.end_id if own is None else own
 
     @property
     def end_id(self):
-        """Id of the token after the last, or `None`."""
+        """The id of the end token, or `None`."""
         return self._id("end_token", ["end_token"], ["</s>"])
 
     @property
     def unknown_id(self):
-        """Id of the token for what has none, or `None`."""
+        """The id of the unknown token, or `None`."""
         attributes = ["oov_token", "unk_token"]
         return self._id("unknown_token", attributes, ["[UNK]", "<unk>"])
 
     @property
     def size(self):
-        """How many ids the model knows, or `None`."""
+        """The vocabulary size of the model, or `None` if it is not known."""
         if self.vocabulary_size is not None:
             return self.vocabulary_size
         return own_size(self.tokenizer)
 
     def _id(self, argument, attributes=(), pieces=()):
-        """The id of a token that was given or, by these, found; `None` if neither."""
+        """Returns the id of a special token, or `None`.
+
+        Args:
+            argument: The name of the argument that gives the token.
+            attributes: Names of attributes of the tokenizer to try if the argument is
+                `None`; each is tried with the suffix `_id` first.
+            pieces: Tokens of the vocabulary to try after that.
+        """
         token = getattr(self, argument)
         if token is None:
             for attribute in attributes:

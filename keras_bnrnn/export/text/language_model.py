@@ -7,7 +7,7 @@ from keras_bnrnn.export.shapes import require_shapes
 
 
 class LanguageModel:
-    """Computes the logits of next tokens by a `ServedModel`."""
+    """Computes the logits of the next token with a `ServedModel`."""
 
     def __init__(self, served, output, logits):
         ((self._input, x),) = served.interface.inputs.items()
@@ -16,11 +16,17 @@ class LanguageModel:
         self.states = served.states
 
     def predict(self, ids, lengths):
-        """Logits (B, T, V) of the tokens after ids (B, T)."""
+        """Returns the logits (B, T, V) of the token after each of ids (B, T)."""
         return self._from(self._served.predict(self._inputs(ids), lengths))
 
     def advance(self, ids, lengths, states):
-        """The same for further ids, and states; `lengths` may be `None` for all."""
+        """Returns the logits (B, T, V) after each of the next ids (B, T), and states.
+
+        Args:
+            ids: Integer tensor (B, T).
+            lengths: int32 tensor (B,), or `None` if all ids are valid.
+            states: Dict of the states before these ids.
+        """
         outputs, states = self._served.advance(self._inputs(ids), lengths, states)
         return self._from(outputs), states
 
@@ -29,12 +35,13 @@ class LanguageModel:
 
     def _from(self, outputs):
         y = outputs[self._output]
-        # Logarithms of the smallest normal number: JSON has no infinity.
+        # Probabilities below the smallest normal float32 count as this number: JSON
+        # cannot represent the infinite logarithm of 0.
         return y if self._logits else tf.math.log(tf.maximum(y, 1.2e-38))
 
 
 class Scorer(tf.Module):
-    """`text` of a language model: returns the probability of each token."""
+    """The signature `text` of a language model: scores each token of a text."""
 
     def __init__(self, model, codec):
         super().__init__()
@@ -65,7 +72,7 @@ class Scorer(tf.Module):
 
 
 class Generator(tf.Module):
-    """`generate`: continues prompts, by one step of the model for each new token."""
+    """The signature `generate`: continues prompts, one model step per new token."""
 
     def __init__(self, model, codec, most):
         super().__init__()
@@ -90,7 +97,8 @@ class Generator(tf.Module):
         given = require_shapes(given, {name: ["B"] for name in given})
         prompt, max_tokens, temperature, seed = given.values()
         max_tokens = tf.clip_by_value(max_tokens, 0, self._most)
-        # NaN is not above 0. An infinite temperature would make 0 of no chance NaN.
+        # `temperature > 0` is false for NaN. An infinite temperature would turn logits
+        # of -inf into NaN.
         temperature = tf.where(temperature > 0, tf.minimum(temperature, 1e9), 0.0)
 
         ids = self.codec.ids(prompt)
@@ -100,10 +108,10 @@ class Generator(tf.Module):
         return {"text": _continued(self.codec.utf8(prompt), head, whole)}
 
     def _new_ids(self, ids, max_tokens, temperature, numbers):
-        """Ragged ids (B, N) that follow ids (B, T)."""
+        """Generates ragged ids (B, N) that continue ragged ids (B, T)."""
         read = self.codec.after_start(ids)  # (B, 1 + T)
         lengths = tf.cast(ids.row_lengths(), tf.int32)
-        # The last of them is for the first step of the loop to read.
+        # The first step of the loop reads the last id.
         last = tf.gather(read, lengths, batch_dims=1)
         read = read[:, : tf.maximum(tf.shape(read)[1] - 1, 1)]
         states = self._model.states(tf.shape(read)[0])
@@ -132,9 +140,10 @@ class Generator(tf.Module):
         return tf.RaggedTensor.from_tensor(new, lengths=count)
 
     def _random_numbers(self, seed):
-        """(B, most tokens) in [0, 1), each row from its own seed.
+        """Draws numbers (B, max tokens) in [0, 1), each row from its own seed.
 
-        As many for each request, so that a row's do not depend on the batch.
+        The number of columns is constant, so that the numbers of a row do not depend on
+        the `max_tokens` of the batch.
         """
 
         def of_row(seed):
@@ -146,15 +155,18 @@ class Generator(tf.Module):
         return tf.map_fn(of_row, seed, fn_output_signature=spec)
 
     def _choose(self, logits, temperature, number):
-        """A token (B,) for logits (B, V): the first whose cumulated chance exceeds
-        the random number, or the likeliest."""
+        """Chooses tokens (B,) for logits (B, V).
+
+        With a temperature above 0, the token is the first whose cumulative probability
+        exceeds the random number; otherwise it is the most likely token.
+        """
         never = self.codec.never()
         logits = tf.where(never, -np.inf, logits)
         likeliest = tf.argmax(logits, axis=1, output_type=tf.int32)
         logits -= tf.reduce_max(logits, axis=1, keepdims=True)
         divisor = tf.where(temperature > 0, temperature, 1.0)[:, None]
         chances = tf.exp(logits / divisor)
-        # float64: a vocabulary of 100,000 leaves float32 few digits for each.
+        # float64: with a vocabulary of 100,000, float32 sums are too inexact.
         sums = tf.cumsum(tf.cast(chances, tf.float64), axis=1)
         over = (sums > number[:, None] * sums[:, -1:]) & (chances > 0)
         drawn = tf.argmax(tf.cast(over, tf.int32), axis=1, output_type=tf.int32)
@@ -167,17 +179,18 @@ def _any_batch_size(x):
 
 
 def _continued(prompt, head, whole):
-    """Appends generated text to prompts, which stay as they were written.
+    """Appends generated text to the unchanged prompts.
 
     Args:
         prompt: Strings (B,).
-        head: Strings (B,), the prompts converted to ids and back: maybe in lower case
-            and with marks for unknown words.
-        whole: Strings (B,), the prompts and the generated text converted likewise.
+        head: Strings (B,), the prompts converted to ids and back. They may differ from
+            `prompt`, for example in case or by marks for unknown words.
+        whole: Strings (B,), the ids of the prompts and the generated ids as text.
     """
     size = tf.minimum(tf.strings.length(head), tf.strings.length(whole))
     tail = tf.strings.substr(whole, size, tf.strings.length(whole))
-    # A tokenizer that drops the space at the end puts one before the next word.
+    # If the tokenizer drops the space at the end of the prompt, the generated text
+    # starts with a space: avoid a double space.
     doubled = tf.strings.regex_full_match(tail, r"(?s) .*")
     doubled &= ~tf.strings.regex_full_match(head, r"(?s).*\s")
     start = tf.where(doubled, tf.strings.regex_replace(prompt, r"\s+$", ""), prompt)

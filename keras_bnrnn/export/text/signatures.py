@@ -13,18 +13,17 @@ def text_signatures(served, front_end, causal):
 
     Args:
         served: `ServedModel`.
-        front_end: `TextFrontEnd`, or a tokenizer to make one of.
-        causal: Whether the model's frames can come one after another.
+        front_end: `TextFrontEnd`, or a tokenizer for a default `TextFrontEnd`.
+        causal: Whether the model is causal and can process frames one at a time.
 
     Returns:
-        Dict from name to a `tf.Module` whose `__call__` is the signature's
-        `tf.function`, and which holds the tables that it needs.
+        Dict from the name of each signature to a `tf.Module`. Its `__call__` is the
+        `tf.function` of the signature. The module holds the tables of the function.
 
     Raises:
-        ValueError: If the model does not take token ids alone; if the tokenizer does
-            not run as TensorFlow operations; for a front end that does not fit the
-            model.
-        ImportError: If the tokenizer needs tensorflow-text and it is not there.
+        ValueError: If the model has inputs other than token ids; if the tokenizer does
+            not run as TensorFlow operations; if the front end does not fit the model.
+        ImportError: If the tokenizer needs tensorflow-text, which is not installed.
     """
     if not isinstance(front_end, TextFrontEnd):
         front_end = TextFrontEnd(front_end)
@@ -42,7 +41,7 @@ def text_signatures(served, front_end, causal):
 
 
 def _require_token_ids(served):
-    """Raises ValueError if a model takes anything but token ids."""
+    """Raises ValueError if token ids are not the only input of a model."""
     shapes = {name: (x.shape, x.dtype) for name, x in served.interface.inputs.items()}
     fits = len(shapes) == 1
     for shape, dtype in shapes.values():
@@ -56,7 +55,7 @@ def _require_token_ids(served):
 
 
 def _language_model_output(served, front_end, causal):
-    """Name of the output with the next token's logits, or `None`."""
+    """Returns the name of a language model's output, or `None` for other models."""
     (name, x), size = *served.interface.inputs.items(), front_end.size
     predict = tf.function(
         lambda ids, lengths: served.predict({name: ids}, lengths), autograph=False
@@ -81,8 +80,8 @@ def _language_model_output(served, front_end, causal):
         token = getattr(front_end, argument)
         if token is not None:
             raise ValueError(
-                f"`{argument}` is for language models: causal ones with an output (B, "
-                f"T, `vocabulary_size`). Received: {argument}={token!r} and "
+                f"`{argument}` is for language models, which are causal and have an "
+                f"output (B, T, `vocabulary_size`). Received: {argument}={token!r} and "
                 f"vocabulary_size={size} for outputs {shapes} of a model that is "
                 f"{'' if causal else 'not '}causal"
             )
@@ -90,7 +89,7 @@ def _language_model_output(served, front_end, causal):
 
 
 def _require_language_front_end(front_end, codec):
-    """Raises ValueError if a front end lacks what a language model needs."""
+    """Raises ValueError if a front end does not suit a language model."""
     tokenizer = front_end.tokenizer
     kind = type(tokenizer).__name__
     if front_end.start_id is None:
@@ -112,7 +111,7 @@ def _require_language_front_end(front_end, codec):
 
 
 class _Task(tf.Module):
-    """`text` of a model other than a language model: returns its outputs."""
+    """The signature `text` of a model that is not a language model."""
 
     def __init__(self, served, codec):
         super().__init__()
@@ -134,5 +133,5 @@ class _Task(tf.Module):
 
 
 def _at_least_one(ids):
-    """Pads ids (B, T) to (B, max(T, 1)), so that layers have a timestep to run."""
+    """Pads ids (B, T) to (B, max(T, 1)), since layers need at least one timestep."""
     return tf.pad(ids, [[0, 0], [0, tf.maximum(1 - tf.shape(ids)[1], 0)]])

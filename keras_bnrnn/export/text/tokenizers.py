@@ -1,4 +1,4 @@
-"""Reads what tokenizers say of themselves and makes them fit for an exported graph."""
+"""Reads properties of tokenizers and adapts tokenizers to an exported graph."""
 
 import sys
 
@@ -7,28 +7,28 @@ import tensorflow as tf
 
 
 def own_size(tokenizer):
-    """The number of ids of a tokenizer, or `None` if it does not say."""
+    """Returns the vocabulary size of a tokenizer, or `None` if it is not known."""
     size = getattr(tokenizer, "vocabulary_size", None)
     size = size() if callable(size) else size
     if is_byte_pair(tokenizer):
-        return max(tokenizer.vocabulary.values()) + 1  # it counts, but has gaps
+        return max(tokenizer.vocabulary.values()) + 1  # its ids may have gaps
     return None if size is None else int(size)
 
 
 def vocabulary_of(tokenizer):
-    """Dict from token to id; empty where the tokenizer has none."""
+    """Returns a dict from token to id, empty if the tokenizer has no vocabulary."""
     if not hasattr(tokenizer, "get_vocabulary") or own_size(tokenizer) is None:
         return {}
     tokens = tokenizer.get_vocabulary()
     if isinstance(tokens, dict):
         return tokens
     if is_byte_pair(tokenizer):
-        return tokenizer.vocabulary  # its ids may come in any order
+        return tokenizer.vocabulary  # its ids may have any order
     return {token: i for i, token in enumerate(tokens)}
 
 
 def require_tensorflow_text(tokenizer):
-    """Raises ImportError if a KerasHub tokenizer lacks tensorflow-text."""
+    """Raises ImportError if a KerasHub tokenizer needs missing tensorflow-text."""
     if not any(t.__module__.startswith("keras_hub") for t in type(tokenizer).__mro__):
         return
     try:
@@ -42,7 +42,7 @@ def require_tensorflow_text(tokenizer):
 
 
 def without_cache(tokenizer):
-    """A `BytePairTokenizer` that remembers nothing, or any other as it is."""
+    """Copies a `BytePairTokenizer` without its cache; returns others unchanged."""
     if not is_byte_pair(tokenizer):
         return tokenizer
     copy = type(tokenizer).from_config(tokenizer.get_config())
@@ -52,10 +52,10 @@ def without_cache(tokenizer):
 
 
 class _NoCache:
-    """In place of a `BytePairTokenizer`'s cache, which grows with each new word.
+    """Replaces the cache of a `BytePairTokenizer`, which grows with each new word.
 
-    The tokenizer looks words up, inserts those that it did not find and looks all up
-    again: here the second look finds what was just inserted, and nothing stays.
+    The tokenizer looks up all words, inserts the missing words and looks up all words
+    again. Here the second lookup returns the words just inserted and removes them.
     """
 
     def __init__(self, unsplittable):
@@ -80,7 +80,7 @@ class _NoCache:
 
 
 def detokenizer_of(tokenizer):
-    """The function from ids to text that belongs to a tokenizer, or `None`."""
+    """Returns a tokenizer's function from ids to text, or `None` if it has none."""
     if isinstance(tokenizer, keras.layers.TextVectorization):
         words = tokenizer.get_vocabulary()
         separator = "" if tokenizer.get_config()["split"] == "character" else " "
@@ -93,7 +93,7 @@ def detokenizer_of(tokenizer):
 
     keras_hub = sys.modules.get("keras_hub")
     if keras_hub and isinstance(tokenizer, keras_hub.tokenizers.ByteTokenizer):
-        # Its own keeps a tensor of the first graph that it was called in.
+        # `ByteTokenizer.detokenize` keeps a tensor of the graph of its first call.
         characters = [bytes([i]) for i in range(256)]
 
         def join_bytes(ids):
@@ -106,7 +106,7 @@ def detokenizer_of(tokenizer):
 
 
 def is_byte_pair(tokenizer):
-    keras_hub = sys.modules.get("keras_hub")  # else nobody has a tokenizer of it
+    keras_hub = sys.modules.get("keras_hub")  # not imported: no KerasHub tokenizer
     return keras_hub is not None and isinstance(
         tokenizer, keras_hub.tokenizers.BytePairTokenizer
     )

@@ -1,7 +1,7 @@
-"""A client of TensorFlow Serving, and of servers that speak as it does.
+"""A client for TensorFlow Serving and servers with the same API.
 
-It needs httpx and NumPy; over gRPC, grpcio and tensorflow-serving-api, too. It imports
-neither Keras nor `keras_bnrnn`.
+REST needs httpx and NumPy. gRPC also needs grpcio, tensorflow and
+tensorflow-serving-api. The package does not import Keras or `keras_bnrnn`.
 """
 
 from .client import ServingClient

@@ -1,4 +1,4 @@
-"""`ServingClient`: a model on a server, as an object to call."""
+"""Defines `ServingClient`, which calls a model on a server."""
 
 from __future__ import annotations
 
@@ -26,44 +26,47 @@ if TYPE_CHECKING:
     import grpc
     import numpy as np
 
-# Between two looks at a model that is not available yet, in seconds.
+# Seconds between two status requests while waiting for a model.
 _POLL_SECONDS = 0.2
 
 
 class ServingClient:
-    """A client of one model, over REST or gRPC.
+    """A client for one model, over REST or gRPC.
 
-    Safe to be used by several threads at once. Requests read and change nothing on the
-    server, so a request is sent again after an error that may pass: a refused or broken
-    connection, UNAVAILABLE (HTTP 503), RESOURCE_EXHAUSTED (HTTP 429) unless a message
-    was too large, and a refusal for the shape of another request in the same batch.
+    Several threads may use one client at once. Requests do not change the server, so
+    the client repeats a request after a transient error. These errors are a refused or
+    broken connection; UNAVAILABLE (HTTP 503); RESOURCE_EXHAUSTED (HTTP 429) unless a
+    message was too large; and an error that the shape of another request in the same
+    batch caused.
 
     Args:
-        model: str, the model's name on the server.
-        rest_url: str, `http://host:port`, to use REST. TensorFlow Serving's port of
-            REST is 8501.
-        grpc_target: str, `host:port`, to use gRPC; its port is 8500. Give one of the
-            two.
-        version: int, the version to call. Default `None`: the latest.
-        label: str, the label of the version to call (`"stable"`). Default `None`.
-        timeout: positive float, the seconds that a call may take, retries included.
-            Default 10.
-        retries: non-negative int, how many times to send a request again. Default 3.
-        grpc_credentials: `grpc.ChannelCredentials` for TLS. Default `None`: none.
-        pad_to: positive ints in ascending order, numbers of timesteps. The inputs of a
-            signature that has `lengths` are padded with zeros to the first of them that
-            is large enough, or to a multiple of the last one. Outputs per frame are cut
-            back to the frames of the request, and `lengths` may be left out where all
-            frames are real. Use one number for all clients of a server that batches
-            requests and does not pad them. Default `None`: inputs are sent as they are.
+        model: str, the name of the model on the server.
+        rest_url: str, `http://host:port`, to use REST. TensorFlow Serving's default
+            port of REST is 8501.
+        grpc_target: str, `host:port`, to use gRPC. TensorFlow Serving's default port of
+            gRPC is 8500. Pass either `rest_url` or `grpc_target`.
+        version: int, the version to call. Default: `None`, the latest version.
+        label: str, the label of the version to call, such as `"stable"`. Default:
+            `None`.
+        timeout: Positive float, the time limit of a call in seconds, including retries.
+            Default: 10.
+        retries: Non-negative int, the largest number of retries. Default: 3.
+        grpc_credentials: `grpc.ChannelCredentials` for TLS. Default: `None`, no TLS.
+        pad_to: Positive ints in ascending order, the numbers of timesteps to pad to. If
+            a signature has `lengths`, its inputs are padded with zeros to the first of
+            these numbers that is large enough, or else to a multiple of the last. The
+            client cuts per-frame outputs to the frames of the request. The caller may
+            omit `lengths` if all frames are valid. If a server batches requests and
+            does not pad them, all its clients should use the same single number.
+            Default: `None`, no padding.
 
     Attributes:
-        model, version, label, timeout, retries: as given.
-        pad_to: as given, a tuple.
+        model, version, label, timeout, retries: The arguments.
+        pad_to: The argument, as a tuple.
 
     Raises:
-        ValueError: for an argument out of range.
-        ImportError: if the package that REST or gRPC needs is missing.
+        ValueError: If an argument is invalid.
+        ImportError: If a package that REST or gRPC needs is missing.
 
     Example:
 
@@ -108,26 +111,26 @@ class ServingClient:
         *,
         timeout: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """Calls the model.
+        """Calls a signature of the model.
 
         Args:
-            inputs: dict of input name -> array or nested list. Each is converted to
-                the dtype that the signature has for it; strings may be str or bytes.
+            inputs: Dict from input name to array or nested list. The values are
+                converted to the dtypes of the signature. Strings may be str or bytes.
             signature: str, the name of the signature.
-            timeout: positive float, the seconds that this call may take. Default
-                `None`: the client's.
+            timeout: Positive float, the time limit of this call in seconds. Default:
+                `None`, the timeout of the client.
 
         Returns:
-            Dict of output name -> array; strings are bytes in an array of objects.
+            Dict from output name to array. Strings are bytes in an array of objects.
 
         Raises:
-            ValueError: if the inputs do not fit the signature.
-            InvalidRequest: if there is another number of `lengths` than of rows, or if
-                the server refuses the request.
-            SignatureNotFound: if the model has no such signature.
-            ModelNotFound: if the server does not serve the model or the version.
-            DeadlineExceeded: if there is no answer in time.
-            ServingError: the class that fits, for any other error.
+            ValueError: If the inputs do not match the signature.
+            InvalidRequest: If the number of `lengths` is not the number of rows, or the
+                server rejects the request.
+            SignatureNotFound: If the model has no such signature.
+            ModelNotFound: If the server does not serve the model or the version.
+            DeadlineExceeded: If no response arrives in time.
+            ServingError: For any other error, or a subclass such as `Unavailable`.
         """
         deadline = self._deadline(timeout)
         known = self._metadata
@@ -137,58 +140,59 @@ class ServingClient:
         except (ValueError, InvalidRequest):
             if known is None:
                 raise
-            # A version with other signatures may have taken over since.
+            # A new version with other signatures may be served since.
             latest = self._fetch_metadata(deadline)
             if latest.signatures == known.signatures:
                 raise
         return self._predict(latest, signature, inputs, deadline)
 
     def metadata(self, *, timeout: float | None = None) -> Metadata:
-        """Asks for the version that answers now, and its signatures.
+        """Requests the current version number and its signatures.
 
         Args:
-            timeout: as in `predict`.
+            timeout: As in `predict`.
 
         Returns:
             `Metadata`.
 
         Raises:
-            ServingError: as `predict`.
+            ServingError: As in `predict`.
         """
         return self._fetch_metadata(self._deadline(timeout))
 
     def status(self, *, timeout: float | None = None) -> list[VersionStatus]:
-        """Asks for the states of the model's versions.
+        """Requests the states of the model's versions.
 
-        Servers take no account of a label here.
+        The label of the client has no effect here, because servers ignore it.
 
         Args:
-            timeout: as in `predict`.
+            timeout: As in `predict`.
 
         Returns:
-            List of `VersionStatus`, the highest version first; of the client's
-            version alone if it has one.
+            List of `VersionStatus`, the highest version first. If the client has a
+            version, the list contains only this version.
 
         Raises:
-            ServingError: as `predict`.
+            ServingError: As in `predict`.
         """
         return self._fetch_status(self._deadline(timeout))
 
     def wait_until_available(self, timeout: float) -> None:
-        """Waits until the model answers, whatever the server's state before.
+        """Waits until the model is available, even if the server is not reachable yet.
 
         Args:
-            timeout: positive float, the seconds to wait.
+            timeout: Positive float, the time limit in seconds.
 
         Raises:
-            DeadlineExceeded: if it does not; the message has the last state seen.
+            DeadlineExceeded: If the model is not available in time. The message
+                contains the last state.
         """
         deadline = self._deadline(timeout)
         last = ""
         while True:
             try:
                 states = self._fetch_status(deadline)
-                # A label may name a version other than those that are available.
+                # The version of a label may differ from the available versions.
                 if any(state.state == "AVAILABLE" for state in states):
                     if self.label is not None:
                         self._fetch_metadata(deadline)
@@ -208,29 +212,29 @@ class ServingClient:
     def session(
         self, batch_size: int = 1, *, timeout: float | None = None
     ) -> StreamingSession:
-        """Starts sequences whose frames come one by one.
+        """Starts a session that sends sequences frame by frame or in chunks.
 
         Args:
-            batch_size: positive int, the number of sequences.
-            timeout: as in `predict`.
+            batch_size: Positive int, the number of sequences.
+            timeout: As in `predict`.
 
         Returns:
-            A `StreamingSession`, which stays with the version that answers now.
+            A `StreamingSession`, which uses the current version until its end.
 
         Raises:
-            SignatureNotFound: if the model has no signatures for streams.
-            ServingError: as `predict`.
+            SignatureNotFound: If the model has no signatures for streaming.
+            ServingError: As in `predict`.
         """
         return StreamingSession(self, batch_size, timeout=timeout)
 
     def at_version(self, version: int) -> ServingClient:
-        """A client of one version over the same connections.
+        """Returns a client for one version that shares the connections.
 
         Args:
             version: int.
 
         Returns:
-            A `ServingClient`, which is closed when this one is.
+            A `ServingClient`. Closing either client closes both.
         """
         client = object.__new__(ServingClient)
         client.__dict__.update(self.__dict__)
@@ -311,7 +315,7 @@ def _make_transport(
     grpc_target: str | None,
     grpc_credentials: grpc.ChannelCredentials | None,
 ) -> Transport:
-    # Imported here: a client over one of them does without the packages of the other.
+    # Imported here, so that REST does not need the packages of gRPC, and vice versa.
     if rest_url is not None:
         if grpc_credentials is not None:
             raise ValueError(

@@ -1,19 +1,18 @@
-"""What can go wrong between a client and a server, as exceptions."""
+"""Defines the exceptions of the client."""
 
 
 class ServingError(Exception):
-    """A request that was not answered as asked.
+    """Raised if a request fails.
 
     Args:
-        message: str, the server's words where it has any.
-        code: str, the name of the status code in gRPC's terms (`"UNAVAILABLE"`).
-        http_status: int, the HTTP status of a REST answer; `None` where there was no
-            answer, and over gRPC.
-        retriable: bool, whether the same request may succeed a moment later and may be
-            sent again without harm.
+        message: str, the message of the server, if there is one.
+        code: str, the name of the gRPC status code, such as `"UNAVAILABLE"`.
+        http_status: int, the HTTP status of a REST response; `None` without a response,
+            and over gRPC.
+        retriable: bool, whether the same request may succeed later.
 
     Attributes:
-        code, http_status, retriable: as given.
+        code, http_status, retriable: The arguments.
     """
 
     def __init__(
@@ -34,27 +33,27 @@ class ServingError(Exception):
 
 
 class DeadlineExceeded(ServingError):
-    """There was no answer in time, retries included."""
+    """Raised if no response arrives in time, including retries."""
 
 
 class InvalidRequest(ServingError):
-    """The server refuses the request: its inputs, its signature or its label."""
+    """Raised if the server rejects the inputs, the signature or the label."""
 
 
 class ModelNotFound(ServingError):
-    """The server does not serve the model, or not this version of it."""
+    """Raised if the server does not serve the model or the version."""
 
 
 class SessionExpired(ModelNotFound):
-    """The version whose states a session holds is no longer served."""
+    """Raised if the version of a streaming session is no longer served."""
 
 
 class SignatureNotFound(InvalidRequest):
-    """The model has no signature of this name."""
+    """Raised if the model has no signature of this name."""
 
 
 class Unavailable(ServingError):
-    """The server cannot be reached, or takes no requests now."""
+    """Raised if the server cannot be reached or does not accept requests."""
 
 
 def make_error(
@@ -65,19 +64,19 @@ def make_error(
     Args:
         message: str.
         code: str, as in `ServingError`.
-        http_status: int or None.
-        retriable: bool.
+        http_status: int or `None`, as in `ServingError`.
+        retriable: bool, as in `ServingError`.
 
     Returns:
-        A `ServingError` of the class that fits the code. It is retriable, too, if the
-        request was refused for the shape of another one in its batch.
+        A `ServingError` of the class for this code. The error is also retriable if the
+        shape of another request in the same batch caused it.
     """
     retriable = retriable or _OF_A_BATCH in message
     return _CLASSES.get(code, ServingError)(message, code, http_status, retriable)
 
 
-# TensorFlow Serving's words for a batch of unequal shapes, all of whose requests it
-# refuses.
+# The message of TensorFlow Serving if requests in a batch have unequal shapes. All
+# requests of the batch fail.
 _OF_A_BATCH = "from different tasks have different shapes and padding is turned off"
 
 _CLASSES: dict[str, type[ServingError]] = {

@@ -1,4 +1,4 @@
-"""A gRPC server before TensorFlow Serving that refuses requests of wrong shapes.
+"""Runs a gRPC proxy for TensorFlow Serving that rejects requests of wrong shapes.
 
 python -m keras_bnrnn_client.front --target 127.0.0.1:8500 --listen 0.0.0.0:8510
 """
@@ -30,12 +30,14 @@ _UNCHECKED = {
     "/tensorflow.serving.PredictionService/GetModelMetadata",
     "/tensorflow.serving.ModelService/GetModelStatus",
 }
-# A request without a version may be for a newer one than a moment ago.
+# Seconds to cache the signatures of a request without a version: the latest version
+# may change.
 _LATEST_SECONDS = 1.0
 _METADATA_SECONDS = 10.0
 _GRACE_SECONDS = 30
 
-# What `check_request` raises; all but ValueError is of a proto that is no tensor.
+# The errors of `check_request`. A malformed tensor proto raises TypeError or
+# OverflowError.
 _REFUSALS = (ValueError, TypeError, OverflowError)
 
 
@@ -46,25 +48,26 @@ def make_front(
     threads: int = 256,
     max_request_bytes: int = 64 * 1024**2,
 ) -> tuple[grpc.Server, int]:
-    """Makes the gRPC server, which is not started.
+    """Makes the gRPC server without starting it.
 
-    It forwards Predict, GetModelMetadata and GetModelStatus, requests and answers
-    unchanged. A Predict request whose inputs do not fit the signature is answered with
-    INVALID_ARGUMENT and not forwarded. Other methods are UNIMPLEMENTED.
+    The server forwards requests of Predict, GetModelMetadata and GetModelStatus, and
+    their responses, unchanged. It does not forward a Predict request whose inputs do
+    not match the signature; this request fails with INVALID_ARGUMENT. Other methods
+    fail with UNIMPLEMENTED.
 
     Args:
         target: str, `host:port` of TensorFlow Serving's gRPC.
-        address: str, `host:port` to listen on; port 0 picks a free one.
-        threads: positive int, requests at a time.
-        max_request_bytes: positive int, the largest request, and the most that one of
-            its tensors may take in memory.
+        address: str, `host:port` to listen on; port 0 picks a free port.
+        threads: Positive int, the number of concurrent requests. Default: 256.
+        max_request_bytes: Positive int, the size limit of a request, and of each of its
+            tensors in memory. Default: 64 MiB.
 
     Returns:
-        The server and its port.
+        The `grpc.Server` and its port.
 
     Raises:
-        ValueError: for an argument out of range.
-        RuntimeError: if it cannot listen at the address.
+        ValueError: If an argument is invalid.
+        RuntimeError: If the server cannot listen at the address.
     """
     for name, value in [("threads", threads), ("max_request_bytes", max_request_bytes)]:
         if type(value) is not int or value < 1:
@@ -86,15 +89,16 @@ def make_front(
 def check_request(
     request: Any, signatures: Mapping[str, Signature], max_bytes: int
 ) -> None:
-    """Checks that the inputs of a request fit the signature that it names.
+    """Checks that the inputs of a request match its signature.
 
     Args:
         request: `PredictRequest`.
-        signatures: dict of signature name -> `Signature`.
-        max_bytes: int, the most that a tensor may take in memory.
+        signatures: Dict from signature name to `Signature`.
+        max_bytes: int, the size limit of a tensor in memory.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: If the inputs do not match the signature.
+        TypeError, OverflowError: If a tensor proto is malformed.
     """
     name = request.model_spec.signature_name or DEFAULT_SIGNATURE
     if name not in signatures:
@@ -116,9 +120,9 @@ def check_request(
         if proto.tensor_shape.unknown_rank or min(sizes, default=0) < 0:
             raise ValueError(f"`{key}` must have a known shape. Received: {sizes}")
         if spec.shape is None and len(sizes) != 2:
-            # Two ranks in one batch end a server that pads.
+            # A server that pads crashes if tensors in a batch differ in rank.
             raise ValueError(f"`{key}` must have rank 2. Received: shape {sizes}")
-        # A few bytes may stand for many elements.
+        # A small proto can describe a large tensor.
         if math.prod(sizes) * max(tf.as_dtype(proto.dtype).size, 1) > max_bytes:
             raise ValueError(
                 f"`{key}` must take at most {max_bytes} bytes. Received: shape {sizes}"
@@ -129,7 +133,7 @@ def check_request(
         raise ValueError(
             f"Inputs must have one batch size, 1 or more. Received: {rows}"
         )
-    # The checks of the client: ranks, sizes, values.
+    # Checks ranks, sizes and values as the client does.
     arrays = {key: tf.make_ndarray(proto) for key, proto in request.inputs.items()}
     signatures[name].fit(arrays)
 
@@ -139,7 +143,7 @@ class _Front(grpc.GenericRpcHandler):
         self._transport = GrpcTransport(target, None)
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._max_request_bytes = max_request_bytes
-        # (model, version, label) -> when it was asked for, and the signatures.
+        # Time of the request for the signatures, and the signatures.
         self._known: dict[Target, tuple[float, Mapping[str, Signature]]] = {}
 
     def service(self, details: Any) -> Any:
@@ -153,7 +157,7 @@ class _Front(grpc.GenericRpcHandler):
         try:
             request = predict_pb2.PredictRequest.FromString(content)
             self._check(request, context.time_remaining())
-        except ServingError as error:  # of the server behind, which has no such model
+        except ServingError as error:  # such as NOT_FOUND, from the target
             context.abort(grpc.StatusCode[error.code], error.args[0])
         except (*_REFUSALS, DecodeError) as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:1024])
@@ -177,7 +181,7 @@ class _Front(grpc.GenericRpcHandler):
         try:
             check_request(request, signatures, self._max_request_bytes)
         except _REFUSALS:
-            # A version with other signatures may have taken over since.
+            # A new version with other signatures may be served since.
             latest = signatures if is_current else self._fetch(target, seconds)
             if latest == signatures:
                 raise
@@ -207,12 +211,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m keras_bnrnn_client.front",
         description=(
-            "Pass gRPC requests on to TensorFlow Serving, and refuse those whose "
-            "inputs do not fit the model's signature. Without TLS."
+            "Forward gRPC requests to TensorFlow Serving, and reject requests whose "
+            "inputs do not match the signature of the model. No TLS."
         ),
     )
     parser.add_argument(
-        "--target", required=True, help="TensorFlow Serving's gRPC, HOST:PORT"
+        "--target", required=True, help="HOST:PORT of TensorFlow Serving's gRPC"
     )
     parser.add_argument(
         "--listen",
@@ -223,13 +227,13 @@ def main(argv: list[str] | None = None) -> int:
         "--threads",
         type=int,
         default=256,
-        help="requests at a time (default %(default)s)",
+        help="number of concurrent requests (default %(default)s)",
     )
     parser.add_argument(
         "--max-request-bytes",
         type=int,
         default=64 * 1024**2,
-        help="refuse larger requests (default %(default)s)",
+        help="size limit of a request in bytes (default %(default)s)",
     )
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's gRPC services."""
+"""Sends requests to TensorFlow Serving's gRPC services."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from .transport import Target
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # Retrying is the client's, which knows the deadline of the whole.
+    # The client retries, within the deadline of the whole call.
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
@@ -32,11 +32,11 @@ CHANNEL_OPTIONS = [
 
 
 class GrpcTransport:
-    """Requests over gRPC.
+    """Sends requests over gRPC.
 
     Args:
         target: str, `host:port`.
-        credentials: `grpc.ChannelCredentials`, or None for no TLS.
+        credentials: `grpc.ChannelCredentials`, or `None` for no TLS.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class GrpcTransport:
             {
                 name: Signature(_specs(info.inputs), _specs(info.outputs))
                 for name, info in signatures.signature_def.items()
-                # TensorFlow's own, which no request can call.
+                # Signatures of TensorFlow itself, which requests cannot call.
                 if not name.startswith("__saved_model")
             },
         )
@@ -123,15 +123,15 @@ def _call(method: Callable[..., Any], request: Any, seconds: float) -> Any:
 
 
 def _is_transient(code: grpc.StatusCode, details: str) -> bool:
-    """Whether the same request may succeed a moment later."""
+    """Returns whether the same request may succeed later."""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        # Most of them tell that the server has no thread left for the request. A
-        # request or an answer that is too large stays so.
+        # Usually the server has no thread left, which is transient. A message that is
+        # too large fails again.
         return not _TOO_LARGE.search(details)
     return code is grpc.StatusCode.UNAVAILABLE
 
 
-# The words of gRPC for messages and metadata, and those of the local server.
+# Messages of gRPC about messages and metadata, and of the local server.
 _TOO_LARGE = re.compile("larger than max|size exceeds|must take at most")
 
 _CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}

@@ -1,4 +1,4 @@
-"""Pads requests to a few numbers of timesteps, and cuts the answers back."""
+"""Pads requests to given numbers of timesteps, and cuts the padding from outputs."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ def check_pad_to(pad_to: Sequence[int] | None) -> tuple[int, ...] | None:
     """Checks the argument `pad_to` of a client.
 
     Args:
-        pad_to: positive integers, ascending, or None.
+        pad_to: Positive integers in ascending order, or `None`.
 
     Returns:
-        `pad_to` as a tuple, or None.
+        `pad_to` as a tuple, or `None`.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: If `pad_to` is invalid.
     """
     if pad_to is None:
         return None
@@ -42,22 +42,23 @@ def fit_and_pad(
     """Converts inputs to arrays of the signature, and pads their timesteps with zeros.
 
     Args:
-        signature: `Signature` that has `lengths`.
-        inputs: as for `Signature.fit`. `lengths` may be missing: all frames are real.
-        pad_to: as returned by `check_pad_to`.
+        signature: A `Signature` with the input `lengths`.
+        inputs: As for `Signature.fit`. Without `lengths`, all frames are valid.
+        pad_to: A tuple that `check_pad_to` returned.
 
     Returns:
-        The arrays, their number of timesteps before padding, and the number after. Both
-        numbers are 0 if the signature fixes the number of timesteps.
+        The arrays, and their number of timesteps before and after padding. Both numbers
+        are 0 if the signature has a fixed number of timesteps.
 
     Raises:
-        ValueError: if the inputs do not fit, or differ in their number of timesteps.
+        ValueError: If the inputs do not match the signature, or differ in their number
+            of timesteps.
     """
     names = [n for n, spec in signature.inputs.items() if _has_free_timesteps(spec)]
     if not names:
         return signature.fit(inputs), 0, 0
     if LENGTHS in inputs:
-        # Before padding, so that lengths are compared with the caller's frames.
+        # Checks `lengths` against the frames before padding.
         arrays = signature.fit(inputs)
     else:
         others = {n: spec for n, spec in signature.inputs.items() if n != LENGTHS}
@@ -67,7 +68,7 @@ def fit_and_pad(
     found = {name: arrays[name].shape[1] for name in names}
     if len(set(found.values())) > 1:
         raise ValueError(
-            "Inputs must have one number of timesteps where `pad_to` is given. "
+            "Inputs must have one number of timesteps if `pad_to` is given. "
             f"Received: {found}"
         )
     timesteps = found[names[0]]
@@ -83,17 +84,18 @@ def cut(
     timesteps: int,
     padded: int,
 ) -> dict[str, np.ndarray]:
-    """Cuts the outputs per frame to the frames of the request.
+    """Cuts per-frame outputs to the frames of the request.
+
+    An output is a per-frame output if its second size is free in the signature and is
+    at least `padded`. The size may be larger if the server pads batches.
 
     Args:
-        signature: the `Signature` that answered.
-        outputs: dict of output name -> array.
-        timesteps, padded: as returned by `fit_and_pad`.
+        signature: The `Signature` of the outputs.
+        outputs: Dict from output name to array.
+        timesteps, padded: The numbers that `fit_and_pad` returned.
 
     Returns:
-        Dict of output name -> array. An output is one per frame if the signature leaves
-        its second size free and it has `padded` timesteps, or more from a server that
-        pads batches.
+        Dict from output name to array.
     """
     return {
         name: array[:, :timesteps]
@@ -112,7 +114,7 @@ def _has_free_timesteps(spec: TensorSpec, rank: int = 0) -> bool:
 
 
 def _round_up(timesteps: int, pad_to: Sequence[int]) -> int:
-    """The first of the sizes that holds it, or a multiple of the last."""
+    """Returns the first size of at least `timesteps`, or a multiple of the last."""
     for size in pad_to:
         if timesteps <= size:
             return size

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST API, by way of httpx.
+"""Sends requests to TensorFlow Serving's REST API with httpx.
 
 Reference: https://www.tensorflow.org/tfx/serving/api_rest.
 """
@@ -20,19 +20,19 @@ from .transport import Target
 
 
 class RestTransport:
-    """Requests over HTTP.
+    """Sends requests over HTTP.
 
     Args:
-        url: str, `http://host:port`, with a path where the server stands behind one.
+        url: str, `http://host:port`, followed by the path of the server if it has one.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        # As many connections as there are threads that call.
+        # No limit: each calling thread uses one connection.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         verify: bool | ssl.SSLContext = True
         if url.startswith("http://"):
-            # Trusts nobody, and takes none of the time of reading certificates.
+            # Plain HTTP: skips loading CA certificates.
             verify = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._http = httpx.Client(limits=limits, verify=verify)
 
@@ -43,7 +43,7 @@ class RestTransport:
         signature: Signature,
         inputs: Mapping[str, np.ndarray],
     ) -> tuple[str, bytes]:
-        # By column, the form that also carries inputs without a batch dimension.
+        # The column format also supports inputs without a batch dimension.
         columns = {key: _to_json(array) for key, array in inputs.items()}
         body = {"signature_name": name, "inputs": columns}
         content = json.dumps(body, separators=(",", ":")).encode()
@@ -74,7 +74,7 @@ class RestTransport:
             {
                 name: Signature(_specs(info["inputs"]), _specs(info["outputs"]))
                 for name, info in signatures.items()
-                # TensorFlow's own, which no request can call.
+                # Signatures of TensorFlow itself, which requests cannot call.
                 if not name.startswith("__saved_model")
             },
         )
@@ -112,7 +112,7 @@ class RestTransport:
             with self._http.stream(
                 method, url, content=content, timeout=seconds
             ) as response:
-                # httpx times each wait, not the whole answer.
+                # The timeout of httpx limits each read, not the whole response.
                 for chunk in response.iter_bytes():
                     chunks.append(chunk)
                     deadline.require()
@@ -135,7 +135,7 @@ def _read(status: int, content: bytes) -> Any:
             raise ServingError(
                 f"The answer is not JSON: {content[:200]!r}", "INTERNAL", status
             ) from error
-        # A proxy in between answers in its own words.
+        # The response of a proxy may not be JSON.
         answer = {"error": content[:200].decode("utf-8", "replace")}
     if status == 200:
         return answer
@@ -144,7 +144,7 @@ def _read(status: int, content: bytes) -> Any:
     raise make_error(message, code, status, retriable=status in (429, 503))
 
 
-# HTTP status -> the status code that TensorFlow Serving answers with it.
+# Status code of TensorFlow Serving for each HTTP status.
 _CODES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
@@ -176,7 +176,7 @@ def _spec(info: Mapping[str, Any]) -> TensorSpec:
 
 def _to_json(array: np.ndarray) -> Any:
     if array.dtype == object:
-        # Base64 carries any bytes, and text without a second thought.
+        # Base64 represents any bytes, including text.
         texts = [{"b64": base64.b64encode(item).decode()} for item in array.ravel()]
         return np.array(texts, object).reshape(array.shape).tolist()
     if array.dtype.kind in "cV":
@@ -197,7 +197,7 @@ def _to_array(value: Any, spec: TensorSpec, name: str) -> np.ndarray:
         result[:] = flat
         array = result.reshape(array.shape)
     if not array.size and spec.shape is not None and array.ndim < len(spec.shape):
-        # JSON has no sizes behind an empty list.
+        # JSON gives no sizes after an empty list.
         known = [0 if size is None else size for size in spec.shape[array.ndim :]]
         array = array.reshape([*array.shape, *known])
     return array

@@ -1,4 +1,4 @@
-"""Deadlines, and sending a request again until one is reached."""
+"""Repeats calls after transient errors, until a deadline."""
 
 import random
 import time
@@ -9,15 +9,15 @@ from .errors import DeadlineExceeded, ServingError
 
 _Answer = TypeVar("_Answer")
 
-# Seconds before the first retry, and at most before a later one.
+# Longest delay before the first retry and before any retry, in seconds.
 _FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0
 
 
 class Deadline:
-    """A point in time.
+    """A deadline for a call.
 
     Args:
-        seconds: float, how far away it is.
+        seconds: float, the time from now to the deadline.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -25,14 +25,14 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """The seconds that are left; not positive once it is past."""
+        """Returns the remaining seconds; not positive after the deadline."""
         return self._end - time.monotonic()
 
     def require(self, cause: ServingError | None = None) -> float:
-        """The seconds that are left.
+        """Returns the remaining seconds, which are positive.
 
         Raises:
-            DeadlineExceeded: if there are none. It quotes `cause`.
+            DeadlineExceeded: If the deadline has passed. The message contains `cause`.
         """
         remaining = self.remaining()
         if remaining <= 0:
@@ -40,7 +40,7 @@ class Deadline:
         return remaining
 
     def exceeded(self, cause: Exception | None = None) -> DeadlineExceeded:
-        """The error of this deadline, which quotes `cause`."""
+        """Returns the error of this deadline; its message contains `cause`."""
         last = "" if cause is None else f"; the last error was: {cause}"
         return DeadlineExceeded(
             f"There was no answer within {self.seconds:g} s{last}", "DEADLINE_EXCEEDED"
@@ -50,21 +50,22 @@ class Deadline:
 def call_with_retries(
     call: Callable[[float], _Answer], deadline: Deadline, retries: int
 ) -> _Answer:
-    """Calls until there is an answer.
+    """Calls a function, and calls it again after retriable errors.
 
-    The delay doubles from one retry to the next, up to 2 s, and half of it is random,
-    so that the clients of a server that was away do not return all at once.
+    The delay doubles with each retry, up to 2 s. Half of the delay is random, so that
+    clients do not all retry at the same time when a server returns.
 
     Args:
-        call: function of the seconds that are left.
-        deadline: `Deadline` over all calls and delays.
-        retries: int, how many times to call again after a retriable error.
+        call: Function of the remaining seconds.
+        deadline: `Deadline` for all calls and delays.
+        retries: int, the largest number of retries.
 
     Returns:
-        What `call` returned.
+        The result of `call`.
 
     Raises:
-        ServingError: the last one.
+        ServingError: The error of the last call.
+        DeadlineExceeded: If the deadline passes.
     """
     longest = _FIRST_DELAY
     error = None
@@ -80,4 +81,4 @@ def call_with_retries(
             raise deadline.exceeded(error) from error
         time.sleep(delay)
         longest = min(2 * longest, _LONGEST_DELAY)
-    raise AssertionError  # the last round returns or raises
+    raise AssertionError  # unreachable: the last iteration returns or raises

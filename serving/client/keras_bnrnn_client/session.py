@@ -1,49 +1,66 @@
-"""`StreamingSession`: frames one by one, and the states that go with them."""
+"""Defines `StreamingSession`, which streams sequences to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .errors import ModelNotFound, SessionExpired, SignatureNotFound
 from .signatures import find_signature
-from .tensors import LENGTHS, Signature
-
-if TYPE_CHECKING:
-    from .client import ServingClient
+from .tensors import LENGTHS, Metadata, Signature
 
 _INITIAL_STATE, _STEP, _CHUNK = "initial_state", "step", "chunk"
 
 
+class Client(Protocol):
+    """The part of `ServingClient` that a session uses."""
+
+    model: str
+
+    def metadata(self, *, timeout: float | None = None) -> Metadata: ...
+
+    def at_version(self, version: int) -> Client: ...
+
+    def predict(
+        self,
+        inputs: Mapping[str, Any],
+        signature: str,
+        *,
+        timeout: float | None = None,
+    ) -> dict[str, np.ndarray]: ...
+
+
 class StreamingSession:
-    """Sequences whose frames come as they arise, and the states of a model on them.
+    """Streams sequences to a model, frame by frame or in chunks, and holds its states.
 
-    The model needs the signature `initial_state`, and `step` or `chunk`: those of a
-    causal model that `keras_bnrnn.export_saved_model` wrote. The server keeps nothing:
-    each request carries the states, each answer the next ones, which replace them once
-    it is here. So a call that fails may be repeated, and any replica may answer.
+    The model needs the signature `initial_state`, and `step` or `chunk`.
+    `keras_bnrnn.export_saved_model` writes these signatures for causal models. The
+    server keeps no states: each request contains the current states, and each response
+    contains the next states. The session replaces its states only when a response has
+    arrived. Therefore a failed call can be repeated, and any replica can answer.
 
-    States of one version mean nothing to another: the session stays with the version
-    that answers its first request. For use by one thread at a time.
+    The states of one version are not valid for another version, so the session uses the
+    version of its first response until its end. A session is not thread-safe.
 
     Args:
         client: `ServingClient`. It must not be closed while the session is in use.
-        batch_size: positive int, the number of sequences, which go forward together.
-        timeout: positive float, the seconds that each call may take, retries included.
-            Default `None`: the client's.
+        batch_size: Positive int, the number of sequences, which advance together.
+            Default: 1.
+        timeout: Positive float, the time limit of each call in seconds, including
+            retries. Default: `None`, the timeout of the client.
 
     Attributes:
         version: int, the version of the model.
-        batch_size: as given.
-        states: dict of name -> array (B, ...), the current states and `t`, the number
-            of frames that came so far.
+        batch_size: The argument.
+        states: Dict from name to array (B, ...): the current states, and `t`, the
+            number of frames processed so far.
 
     Raises:
-        ValueError: for a batch size out of range.
-        SignatureNotFound: if the model has no signatures for streams.
-        ServingError: as `ServingClient.predict`.
+        ValueError: If `batch_size` is invalid.
+        SignatureNotFound: If the model has no signatures for streaming.
+        ServingError: As in `ServingClient.predict`.
 
     Example:
 
@@ -53,7 +70,7 @@ class StreamingSession:
     """
 
     def __init__(
-        self, client: ServingClient, batch_size: int = 1, timeout: float | None = None
+        self, client: Client, batch_size: int = 1, timeout: float | None = None
     ) -> None:
         if (
             isinstance(batch_size, bool)
@@ -80,22 +97,22 @@ class StreamingSession:
     def step(
         self, frame: np.ndarray | Mapping[str, Any], *, timeout: float | None = None
     ) -> dict[str, np.ndarray]:
-        """Takes the next frame of each sequence.
+        """Processes the next frame of each sequence.
 
         Args:
-            frame: array (B, ...), or a dict of input name -> array for a model of
+            frame: Array (B, ...), or a dict from input name to array if the model has
                 several inputs.
-            timeout: positive float, the seconds that this call may take. Default
-                `None`: the session's.
+            timeout: Positive float, the time limit of this call in seconds. Default:
+                `None`, the timeout of the session.
 
         Returns:
-            Dict of output name -> array (B, ...).
+            Dict from output name to array (B, ...).
 
         Raises:
-            ValueError: if the frame does not fit.
-            SignatureNotFound: if the model has no signature `step`.
-            SessionExpired: if the version is no longer served.
-            ServingError: as `ServingClient.predict`.
+            ValueError: If the frame does not match the signature.
+            SignatureNotFound: If the model has no signature `step`.
+            SessionExpired: If the version is no longer served.
+            ServingError: As in `ServingClient.predict`.
         """
         signature = self._find(_STEP)
         inputs = self._inputs(signature, frame, set(), "frame")
@@ -108,24 +125,24 @@ class StreamingSession:
         *,
         timeout: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """Takes the next frames of each sequence.
+        """Processes the next frames of each sequence.
 
         Args:
-            frames: array (B, T, ...), or a dict of input name -> array for a model of
-                several inputs.
-            lengths: integers (B,), how many of them are real in each row; 0 leaves a
-                row as it is. Default `None`: all.
-            timeout: as in `step`.
+            frames: Array (B, T, ...), or a dict from input name to array if the model
+                has several inputs.
+            lengths: Integers (B,), the number of valid frames in each row. 0 does not
+                advance the row. Default: `None`, all frames are valid.
+            timeout: As in `step`.
 
         Returns:
-            Dict of output name -> array; those per frame (B, T, ...) are zero past the
-            lengths. From a server that batches requests they may be longer than T, by
-            zeros.
+            Dict from output name to array. Per-frame outputs (B, T, ...) are zero past
+            the lengths. If the server pads batches, they may have additional zero
+            frames after T.
 
         Raises:
-            ValueError: if the frames or the lengths do not fit.
-            SignatureNotFound: if the model has no signature `chunk`.
-            SessionExpired, ServingError: as `step`.
+            ValueError: If the frames or the lengths do not match the signature.
+            SignatureNotFound: If the model has no signature `chunk`.
+            SessionExpired, ServingError: As in `step`.
         """
         signature = self._find(_CHUNK)
         inputs = self._inputs(signature, frames, {LENGTHS}, "frames")
@@ -143,7 +160,7 @@ class StreamingSession:
         return self._advance(_CHUNK, {**inputs, LENGTHS: lengths}, timeout)
 
     def reset(self) -> None:
-        """Starts new sequences, with the version of the old ones."""
+        """Starts new sequences with the same version."""
         self.states = dict(self._initial_states)
 
     def _find(self, name: str) -> Signature:
@@ -178,7 +195,7 @@ class StreamingSession:
             )
         arrays = {name: np.asarray(x) for name, x in value.items()}
         for name, array in arrays.items():
-            # Refused here: a server might stretch the states of one row over more.
+            # A server might broadcast the states of one row over several rows.
             if not array.ndim or len(array) != self.batch_size:
                 raise ValueError(
                     f"`{argument}` must have batch_size={self.batch_size} rows. "
@@ -212,7 +229,7 @@ class StreamingSession:
 
 
 def _placeholders(signature: Signature, batch_size: int) -> dict[str, np.ndarray]:
-    """Inputs of which only the batch size counts."""
+    """Makes zero inputs for `initial_state`, which reads only their batch size."""
     arrays = {}
     for name, spec in signature.inputs.items():
         shape = spec.shape or (None, 1)

@@ -1,4 +1,4 @@
-"""The signatures of a model, by name."""
+"""Finds signatures of a model by name."""
 
 from .errors import SignatureNotFound
 from .tensors import Metadata, Signature
@@ -12,13 +12,13 @@ def find_signature(metadata: Metadata, name: str, model: str) -> Signature:
     Args:
         metadata: `Metadata` of the model.
         name: str.
-        model: str, the model's name.
+        model: str, the name of the model for the error message.
 
     Returns:
         `Signature`.
 
     Raises:
-        SignatureNotFound: if there is none of that name.
+        SignatureNotFound: If the model has no signature of this name.
     """
     if name not in metadata.signatures:
         raise SignatureNotFound(

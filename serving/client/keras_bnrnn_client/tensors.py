@@ -1,4 +1,4 @@
-"""What a model takes and gives: signatures, and arrays that fit them."""
+"""Describes signatures and converts inputs to arrays that match them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 from .errors import InvalidRequest
 
-# The input of signatures of `keras_bnrnn` that has a number for each row.
+# The input of `keras_bnrnn` signatures with the number of valid frames of each row.
 LENGTHS = "lengths"
 
 _BFLOAT16 = "bfloat16"
@@ -20,7 +20,7 @@ class TensorSpec:
 
     Attributes:
         dtype: str, TensorFlow's name of the dtype (`"float32"`, `"string"`).
-        shape: tuple of sizes, `None` for a free one; `None` for any shape.
+        shape: Tuple of sizes, with `None` for a free size; `None` for any shape.
     """
 
     dtype: str
@@ -28,11 +28,11 @@ class TensorSpec:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """The dtype of an array of it; strings are bytes in an array of objects."""
+        """The NumPy dtype of arrays; object for strings, which are bytes."""
         if self.dtype == "string":
             return np.dtype(object)
         if self.dtype == _BFLOAT16:
-            import ml_dtypes  # not NumPy's own
+            import ml_dtypes  # NumPy itself has no bfloat16
 
             dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
             return dtype
@@ -50,22 +50,23 @@ class Signature:
         """Converts inputs to arrays of the signature's dtypes.
 
         Args:
-            inputs: dict of input name -> array or nested list. Integers may become
-                floats and wider ones narrower ones; nothing may lose its value.
+            inputs: Dict from input name to array or nested list. Integers may become
+                floats. Wider dtypes may become narrower ones; integers must be in the
+                range of the new dtype.
 
         Returns:
-            Dict of input name -> array.
+            Dict from input name to array.
 
         Raises:
-            ValueError: for names, dtypes or shapes that do not fit.
-            InvalidRequest: for `lengths` of another number than there are rows.
+            ValueError: If names, dtypes or shapes do not match the signature.
+            InvalidRequest: If the number of `lengths` is not the number of rows.
         """
         if set(inputs) != set(self.inputs):
             raise ValueError(
                 f"`inputs` must have the names {sorted(self.inputs)}. "
                 f"Received: inputs with the names {sorted(inputs)}"
             )
-        # In the caller's order; that of a signature changes from server to server.
+        # The caller's order, since the order in a signature depends on the server.
         arrays = {
             name: _fit(name, value, self.inputs[name]) for name, value in inputs.items()
         }
@@ -75,7 +76,7 @@ class Signature:
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """A version of a model: its number and its signatures by name."""
+    """The number of a version and its signatures by name."""
 
     version: int
     signatures: Mapping[str, Signature]
@@ -89,7 +90,7 @@ class VersionStatus:
         version: int.
         state: str: `"START"`, `"LOADING"`, `"AVAILABLE"`, `"UNLOADING"` or `"END"`.
         error_code: str, `"OK"` unless loading failed.
-        error_message: str, why loading failed.
+        error_message: str, the reason if loading failed.
     """
 
     version: int
@@ -99,14 +100,14 @@ class VersionStatus:
 
 
 def dtype_name(name: str) -> str:
-    """TensorFlow's name of a dtype: `"float32"` of its proto's name, `"DT_FLOAT"`."""
+    """Converts a proto's dtype name, as `"DT_FLOAT"`, to TensorFlow's, `"float32"`."""
     name = name.removeprefix("DT_").lower()
     return {"float": "float32", "double": "float64", "half": "float16"}.get(name, name)
 
 
 def _fit(name: str, value: Any, spec: TensorSpec) -> np.ndarray:
     try:
-        # NumPy's own strings would lose zero bytes at their end.
+        # NumPy's string dtypes would drop zero bytes at the end.
         array = np.asarray(value, object if spec.dtype == "string" else None)
     except ValueError as error:
         raise ValueError(
@@ -132,7 +133,7 @@ def _fit(name: str, value: Any, spec: TensorSpec) -> np.ndarray:
 
 
 def _check_lengths(arrays: Mapping[str, np.ndarray]) -> None:
-    """Refuses `lengths` that are not one for each row of every other input."""
+    """Raises InvalidRequest if `lengths` has not one number for each row."""
     lengths = arrays.get(LENGTHS)
     if lengths is None or lengths.ndim != 1:
         return
@@ -162,7 +163,7 @@ def _to_numbers(name: str, array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     dtype = spec.numpy_dtype
     if array.dtype == dtype:
         return array
-    # A list without values is of floats to NumPy; it is of any dtype.
+    # An empty list is float64 in NumPy, but may become any dtype.
     kinds = {"b": "b", "i": "iu", "u": "iu", "c": "iufc"}.get(dtype.kind, "iufV")
     if array.size and array.dtype.kind not in kinds:
         raise ValueError(
@@ -171,7 +172,7 @@ def _to_numbers(name: str, array: np.ndarray, spec: TensorSpec) -> np.ndarray:
         )
     if dtype.kind in "iu" and array.size:
         limits = np.iinfo(dtype)
-        # Python's integers: NumPy would compare int64 and uint64 as floats.
+        # Python integers, since NumPy would compare int64 with uint64 as floats.
         if not limits.min <= int(array.min()) <= int(array.max()) <= limits.max:
             raise ValueError(
                 f"`{name}` must be within {spec.dtype}. "

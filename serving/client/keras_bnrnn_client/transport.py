@@ -1,4 +1,4 @@
-"""What REST and gRPC have in common for the client."""
+"""Defines the interface that REST and gRPC transports share."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from .tensors import Metadata, Signature, VersionStatus
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The version of a model that a request is for.
+    """The model and version that a request addresses.
 
     Attributes:
-        model: str.
-        version: int, or None for the latest or the labelled one.
-        label: str or None.
+        model: str, the name of the model.
+        version: int, or `None` for the latest or labelled version.
+        label: str, the label of a version, or `None`.
     """
 
     model: str
@@ -25,7 +25,7 @@ class Target:
 
 
 class Transport(Protocol):
-    """A protocol's requests. Each raises a `ServingError`, and none tries twice."""
+    """Sends requests over one protocol. Raises `ServingError`; does not retry."""
 
     def encode(
         self,
@@ -34,18 +34,18 @@ class Transport(Protocol):
         signature: Signature,
         inputs: Mapping[str, np.ndarray],
     ) -> Any:
-        """Makes the request that `predict` sends."""
+        """Makes a request for `predict`."""
 
     def predict(
         self, request: Any, signature: Signature, seconds: float
     ) -> dict[str, np.ndarray]:
-        """Sends what `encode` made."""
+        """Sends a request of `encode` and returns the outputs."""
 
     def metadata(self, target: Target, seconds: float) -> Metadata:
-        """Asks for the signatures."""
+        """Requests the version number and the signatures."""
 
     def status(self, target: Target, seconds: float) -> list[VersionStatus]:
-        """Asks for the states of the versions."""
+        """Requests the states of the versions."""
 
     def close(self) -> None:
         """Closes the connections."""
