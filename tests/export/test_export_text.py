@@ -201,8 +201,11 @@ OF_CHARACTERS = (
 )
 
 
+some_kinds = pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+
+
 class TestTextOfALanguageModel:
-    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_log_probabilities_are_those_of_the_model(self, kind):
         this = case(kind)
@@ -247,7 +250,7 @@ class TestTextOfALanguageModel:
         )
         assert generate(found, TEXTS) == generate(expected, TEXTS)
 
-    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_no_text_and_texts_of_nothing(self, kind):
         signatures = case(kind).signatures
@@ -259,7 +262,7 @@ class TestTextOfALanguageModel:
         assert generate(signatures, []) == []
         assert generate(signatures, ["", ""], max_tokens=0) == ["", ""]
 
-    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_bytes_that_are_not_utf8_harm_nobody(self, kind):
         signatures = case(kind).signatures
@@ -278,7 +281,7 @@ class TestTextOfALanguageModel:
 
 
 class TestGenerate:
-    @pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_greedy_is_a_loop_over_the_whole_prefix(self, kind):
         this, counts = case(kind), [6, 8, 0, 3, 7]

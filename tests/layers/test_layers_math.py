@@ -58,6 +58,26 @@ each_normalization = pytest.mark.parametrize(
     ],
 )
 
+# Of `@each_cell` with one of the last two: each value at least once.
+some_normalizations = pytest.mark.slow(
+    but=[
+        "sequence-simple_rnn",
+        "sequence-gru-reset_after",
+        "sequence-gru-reset_before",
+        "frame-lstm",
+        "joint-lstm-peephole",
+    ]
+)
+some_normalize = pytest.mark.slow(
+    but=[
+        "input-simple_rnn",
+        "input-lstm-peephole",
+        "input-gru-reset_after",
+        "input-gru-reset_before",
+        "joint-lstm",
+    ]
+)
+
 
 @pytest.fixture(params=[("float32", 1e-5), ("float64", 1e-12)], ids=lambda p: p[0])
 def tolerance(request):
@@ -246,15 +266,7 @@ def test_training_equals_autodiff_of_the_oracle(
     assert float(norm.update_count) == 1
 
 
-@pytest.mark.slow(
-    but=[
-        "sequence-simple_rnn",
-        "sequence-gru-reset_after",
-        "sequence-gru-reset_before",
-        "frame-lstm",
-        "joint-lstm-peephole",
-    ]
-)
+@some_normalizations
 @each_cell
 @each_normalization
 def test_gradient_of_what_is_normalised_sums_to_zero_over_each_group(
@@ -285,15 +297,7 @@ def test_gradient_of_what_is_normalised_sums_to_zero_over_each_group(
 # 4. Masked frames
 
 
-@pytest.mark.slow(
-    but=[
-        "sequence-simple_rnn",
-        "sequence-gru-reset_after",
-        "sequence-gru-reset_before",
-        "frame-lstm",
-        "joint-lstm-peephole",
-    ]
-)
+@some_normalizations
 @each_cell
 @each_normalization
 def test_masked_frames_are_not_there_in_training(kind, arguments, normalization, rng):
@@ -307,15 +311,7 @@ def test_masked_frames_are_not_there_backwards(kind, rng):
     check_that_masked_frames_are_not_there(layer, rng, training=True)
 
 
-@pytest.mark.slow(
-    but=[
-        "input-simple_rnn",
-        "input-lstm-peephole",
-        "input-gru-reset_after",
-        "input-gru-reset_before",
-        "joint-lstm",
-    ]
-)
+@some_normalize
 @each_cell
 @each_normalize
 def test_masked_frames_are_not_there_at_inference(kind, arguments, normalize, rng):
@@ -367,15 +363,7 @@ def check_that_masked_frames_are_not_there(layer, rng, training):
 # 5. Nothing to take statistics of
 
 
-@pytest.mark.slow(
-    but=[
-        "sequence-simple_rnn",
-        "sequence-gru-reset_after",
-        "sequence-gru-reset_before",
-        "frame-lstm",
-        "joint-lstm-peephole",
-    ]
-)
+@some_normalizations
 @each_cell
 @each_normalization
 def test_fully_masked_batch_is_finite_and_teaches_nothing(
@@ -395,15 +383,7 @@ def test_fully_masked_batch_is_finite_and_teaches_nothing(
         np.testing.assert_array_equal(before, now)
 
 
-@pytest.mark.slow(
-    but=[
-        "sequence-simple_rnn",
-        "sequence-gru-reset_after",
-        "sequence-gru-reset_before",
-        "frame-lstm",
-        "joint-lstm-peephole",
-    ]
-)
+@some_normalizations
 @each_cell
 @each_normalization
 def test_steps_with_no_valid_row_and_with_one_are_finite(
@@ -721,15 +701,7 @@ def test_mixed_precision_is_close_to_float32(
 # 10. Cells
 
 
-@pytest.mark.slow(
-    but=[
-        "input-simple_rnn",
-        "input-lstm-peephole",
-        "input-gru-reset_after",
-        "input-gru-reset_before",
-        "joint-lstm",
-    ]
-)
+@some_normalize
 @each_cell
 @each_normalize
 def test_cell_in_rnn_infers_like_the_layer(kind, arguments, normalize, rng):
@@ -762,15 +734,7 @@ def test_stacked_cells_infer_like_stacked_layers(kind, normalize, rng):
     assert gap(rnn(x), upper(lower(x))) <= 1e-5  # float32, as above
 
 
-@pytest.mark.slow(
-    but=[
-        "input-simple_rnn",
-        "input-lstm-peephole",
-        "input-gru-reset_after",
-        "input-gru-reset_before",
-        "joint-lstm",
-    ]
-)
+@some_normalize
 @each_cell
 @each_normalize
 def test_cell_in_rnn_trains_on_each_timestep(kind, arguments, normalize, rng, float64):
