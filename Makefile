@@ -12,11 +12,11 @@ demo: $(READY)
 	$(BIN)/python examples/language_model.py --output-dir runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --durations=12
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=12
 
-# Every test: half an hour and more.
+# Every test, those marked slow too: up to an hour.
 test-all: lint
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

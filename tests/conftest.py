@@ -1,4 +1,4 @@
-import collections
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -28,7 +28,7 @@ def rng():
     return np.random.default_rng(20151005)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def serve_in_c(tmp_path_factory):
     """What `c_program.build` returns."""
     return c_program.build(tmp_path_factory.mktemp("c"))
@@ -76,12 +76,33 @@ VARIANTS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    seen = collections.Counter()
-    for item in items:
-        name = item.path.name
-        alike = (name, item.originalname) if name in VARIANTS else name
-        if seen[alike] % (SAMPLED | VARIANTS).get(name, 1):
-            item.add_marker(pytest.mark.slow)
-        seen[alike] += 1
+def pytest_collection_finish():
+    # `clear_session` collects garbage before each test. Modules are none: looking
+    # through those of TensorFlow would take half a second each time.
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """Resolves `@pytest.mark.slow(but=[...])` on a parametrized test.
+
+    `but` lists variants by the id that pytest prints in brackets. The mark then counts
+    for all variants but these.
+
+    Raises:
+        ValueError: If the test has no variant of such an id.
+    """
+    made = yield
+    items = made if isinstance(made, list) else []  # a list: of one test's variants
+    ids = [item.name.removeprefix(item.originalname)[1:-1] for item in items]
+    for item, variant in zip(items, ids, strict=True):
+        for mark in [m for m in item.own_markers if m.name == "slow"]:
+            but = mark.kwargs.get("but", [])
+            if unknown := sorted(set(but) - set(ids)):
+                raise ValueError(
+                    "`but` must list ids of variants of the test. Received: "
+                    f"{unknown} for `{item.originalname}`, which has {ids}"
+                )
+            if variant in but:
+                item.own_markers.remove(mark)
+    return made

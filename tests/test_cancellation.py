@@ -74,6 +74,7 @@ def relative(value, expected):
     return np.max(np.abs(value - expected)) / np.max(np.abs(expected))
 
 
+@pytest.mark.slow(but=["moments-eager", "projection-graph", "frame-xla"])
 @pytest.mark.parametrize("how", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("path", ["moments", "projection", "frame"])
 def test_layer(path, how, monkeypatch):
@@ -111,6 +112,7 @@ def test_layer(path, how, monkeypatch):
             assert relative(gradient.numpy(), expected[name]) < within, (level, name)
 
 
+@pytest.mark.slow(but=["1-eager", "30-graph", "100-eager", "1000-eager", "10000-eager"])
 @pytest.mark.parametrize("how", ["eager", "graph"])
 @pytest.mark.parametrize("level", OUTPUTS_WITHIN)
 def test_what_a_fused_kernel_is_given(level, how):

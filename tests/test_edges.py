@@ -127,6 +127,7 @@ def test_other_masks_are_refused(shape, rng):
 # No timesteps
 
 
+@pytest.mark.slow(but=["simple_rnn-False-False", "lstm-True-True", "gru-False-True"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sequences", [False, True])
 @EACH

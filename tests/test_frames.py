@@ -55,6 +55,13 @@ def answers(layer, x, mask, upstream, training):
     return [outputs, *results[1:], np.asarray(of_x)[mask], *gradients, *statistics]
 
 
+@pytest.mark.slow(
+    but=[
+        "simple_rnn-sequence-False-False",
+        "lstm-frame-True-True",
+        "gru-joint-False-False",
+    ]
+)
 @pytest.mark.parametrize("training", BOOLEANS)
 @pytest.mark.parametrize("backwards", BOOLEANS)
 @pytest.mark.parametrize(
@@ -174,6 +181,7 @@ def test_masked_outputs_that_repeat_pass_their_gradient_on(jit, backwards, rng):
     assert gap(gradient(x, upstream), expected) == 0
 
 
+@pytest.mark.slow(but=["input-simple_rnn-relu", "input-gru-tanh", "joint-lstm-tanh"])
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalize", ["input", "joint"])

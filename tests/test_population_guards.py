@@ -51,6 +51,16 @@ def norm_of(layer):
     return layer.cell.input_norm
 
 
+@pytest.mark.slow(
+    but=[
+        "sequence-eager",
+        "frame-graph",
+        "simple_rnn-xla",
+        "lstm-frame-eager",
+        "gru-joint-eager",
+        "cell-eager",
+    ]
+)
 @HOW
 @pytest.mark.parametrize("name", NORMS)
 def test_a_batch_that_is_not_finite_changes_nothing(name, how, rng):
@@ -159,6 +169,9 @@ def test_recalibrate_refuses_data_that_is_not_finite(rng):
 # Single rows
 
 
+@pytest.mark.slow(
+    but=["frame-eager", "lstm-frame-graph", "gru-joint-xla", "cell-eager"]
+)
 @HOW
 @pytest.mark.parametrize("name", ["frame", "lstm-frame", "gru-joint", "cell"])
 def test_single_rows_change_nothing(name, how, rng):

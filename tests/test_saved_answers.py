@@ -12,6 +12,28 @@ def saved(tmp_path_factory):
     return directory, saved_answers.read(directory)
 
 
+@pytest.mark.slow(
+    but=[
+        "simple_rnn_input",
+        "simple_rnn_backwards",
+        "simple_rnn_cell",
+        "lstm_frame",
+        "lstm_zero_output",
+        "lstm_stateful",
+        "lstm_both",
+        "gru_joint",
+        "gru_relu",
+        "gru_unroll",
+        "lstm_peephole",
+        "lstm_no_forget",
+        "gru_before",
+        "gru_hard",
+        "norm_sequence",
+        "norm_frame",
+        "norm_bare",
+        "stacked",
+    ]
+)
 @pytest.mark.parametrize("name", list(saved_answers.layers()))
 def test_saved_answers(name, saved):
     """1e-6, of float64 layers but for those that are float32."""

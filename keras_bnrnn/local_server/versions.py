@@ -9,8 +9,9 @@ import threading
 import tensorflow as tf
 from tensorflow_serving.apis import get_model_status_pb2
 
+from keras_bnrnn.export.directory import find_versions
 from keras_bnrnn.local_server import predict
-from keras_bnrnn.local_server.servable import Servable, find_versions
+from keras_bnrnn.local_server.servable import Servable
 
 _logger = logging.getLogger(__name__)
 

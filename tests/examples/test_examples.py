@@ -58,6 +58,7 @@ def treebank(tmp_path, rng):
     return folder
 
 
+@pytest.mark.slow
 def test_it_runs_from_text_to_served_text(demo, tmp_path, monkeypatch, capsys):
     requests, post = [], httpx.post
 
@@ -219,6 +220,7 @@ def test_a_small_model_is_trained_by_the_schedule(example, data, treebank, tmp_p
     assert results["none"]["test"] == pytest.approx(np.exp(surprise), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_last_model_is_exported_with_text(example, treebank, tmp_path, capsys):
     options = ["--smoke", "--normalize", "input", "--data-dir", str(treebank)]
     assert example.main([*options, "--output-dir", str(tmp_path)]) == 0

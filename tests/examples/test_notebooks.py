@@ -62,6 +62,7 @@ def test_there_are_five():
     assert set(PATHS) == set(SMOKE) == set(GAPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOKE)
 def test_it_runs_from_top_to_bottom(name, notebooks, recordings, tmp_path):
     parameters = dict(SMOKE[name])

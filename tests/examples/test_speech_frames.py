@@ -456,6 +456,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
+@pytest.mark.slow(but=["input"])
 @pytest.mark.parametrize("normalize", ["none", "input"])
 def test_metrics_are_of_valid_frames_alone(
     normalize, example, splicing, utterances, folder
@@ -469,9 +470,15 @@ def test_metrics_are_of_valid_frames_alone(
         splicing.batches(utterances, 4), verbose=0, return_dict=True
     )
     entropies, errors = [], []
+    # Traced once for all lengths.
+    shape = (1, None, utterances[0].features.shape[1])
+    infer = tf.function(
+        lambda x: model(x, training=False),
+        input_signature=[tf.TensorSpec(shape, utterances[0].features.dtype)],
+    )
     for utterance in utterances:
         # By itself, no padding there.
-        logits = model(utterance.features[None], training=False).numpy()[0]
+        logits = infer(utterance.features[None]).numpy()[0]
         rows = np.arange(len(logits))
         log_probabilities = log_softmax(logits.astype("float64"))
         entropies.append(-log_probabilities[rows, utterance.classes])
@@ -495,12 +502,17 @@ def test_more_padding_changes_nothing(
 ):
     model = example.build_model(parse(example, folder, "unused"))
 
-    def step():
-        features, classes, weights = next(iter(splicing.batches(utterances, 11)))
+    @tf.function
+    def differentiate(features, classes, weights):
         with tf.GradientTape() as tape:
             logits = model(features, training=True)
             loss = model.compute_loss(features, classes, logits, weights)
-        gradients = tape.gradient(loss, model.trainable_variables)
+        variables = [v.value for v in model.trainable_variables]
+        return loss, tape.gradient(loss, variables)
+
+    def step():
+        features, classes, weights = next(iter(splicing.batches(utterances, 11)))
+        loss, gradients = differentiate(features, classes, weights)
         return features.shape[1], float(loss), [g.numpy() for g in gradients]
 
     width, loss, gradients = step()
@@ -584,6 +596,7 @@ def assert_same(received, expected):
         assert received[name] == pytest.approx(value, rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_one_that_was_not_stopped(
     example, folder, tmp_path, capsys
 ):
@@ -643,6 +656,7 @@ def one_layer(example, folder, output, *arguments):
     return arguments, example.load(arguments), example.build_model(arguments)
 
 
+@pytest.mark.slow(but=["random"])
 @pytest.mark.parametrize("labels", ["true", "random"])
 def test_new_speakers_are_recalibrated_on_features_alone(
     labels, example, folder, tmp_path, rng

@@ -271,6 +271,7 @@ def test_fewer_epochs_than_there_are_are_refused(fit, tmp_path):
     assert len(fit(tmp_path, 2)[1]) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_program_goes_on(run_log, paper, tmp_path, rng):
     """A program is killed by SIGKILL within an epoch, and is started again."""
     language_model = paper("language_model")

@@ -372,6 +372,7 @@ def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
     assert gap(y, fold(fixed)(x, mask=mask)) <= TOLERANCE
 
 
+@pytest.mark.slow(but=["mixed_float16"])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_floats_leave_as_float32(policy, rng, tmp_path):
     model = keras.Sequential(
@@ -398,8 +399,8 @@ def test_a_layer_that_cannot_fold_is_exported_as_it_is(rng, tmp_path):
     assert gap(y, model(x)) <= TOLERANCE
 
 
-def test_versions_count_up_and_are_never_overwritten(rng, tmp_path):
-    model = per_step_model(rng)
+def test_versions_count_up_and_are_never_overwritten(tmp_path):
+    model = small_model()
     directory = tmp_path / "not" / "there yet"
     assert export_saved_model(model, directory) == directory / "1"
     assert export_saved_model(model, directory, 7) == directory / "7"
@@ -413,6 +414,10 @@ def test_versions_count_up_and_are_never_overwritten(rng, tmp_path):
     assert export_saved_model(model, directory).name == "10"
 
 
+def small_model():
+    return keras.Sequential([keras.Input((None, 2)), keras_bnrnn.BNSimpleRNN(2)])
+
+
 def contents(directory):
     return {
         str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
@@ -420,8 +425,8 @@ def contents(directory):
     }
 
 
-def test_a_poller_never_sees_half_a_version(rng, tmp_path):
-    model = per_step_model(rng)
+def test_a_poller_never_sees_half_a_version(tmp_path):
+    model = small_model()
     directory = tmp_path / "m"
     stop, seen = threading.Event(), []
 

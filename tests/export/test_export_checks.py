@@ -95,6 +95,7 @@ def test_warmup_of_ones_own(rng, tmp_path):
     assert not (path / WARMUP_FILE).exists()
 
 
+@pytest.mark.slow(but=["names", "shape", "count"])
 @pytest.mark.parametrize(
     ("warmup", "message"),
     [
@@ -106,6 +107,7 @@ def test_warmup_of_ones_own(rng, tmp_path):
         ([{"ids": [[1]], "lengths": [1]}] * 1001, "at most 1000 requests.*1001"),
         ([7], "`warmup` must be a dict of arrays.*with 7"),
     ],
+    ids=["names", "dtype", "shape", "signature", "list", "count", "dict"],
 )
 def test_bad_warmup(warmup, message, rng, tmp_path):
     with pytest.raises(ValueError, match=message.replace("must be", ".*must be")):
@@ -220,6 +222,7 @@ def test_manifest(rng, tmp_path):
             export_saved_model(model, tmp_path / "m", provenance=bad)
 
 
+@pytest.mark.slow
 def test_the_versions_listed_are_of_packages_in_use(rng, tmp_path, capsys):
     keras_hub = pytest.importorskip("keras_hub")
     text = pytest.importorskip("tensorflow_text")
@@ -312,6 +315,7 @@ def size_of_weights(path):
     return sum(p.stat().st_size for p in (path / "variables").iterdir())
 
 
+@pytest.mark.slow
 def test_a_weight_that_float16_would_spoil_stays(rng, tmp_path):
     model = tagger(rng)
     weights = model.get_weights()
@@ -363,6 +367,7 @@ def recurrent(rng):
     return model
 
 
+@pytest.mark.slow
 def test_warmup_of_serve_xla_is_by_choice(rng, tmp_path):
     """With it, a server without XLA loads nothing: the first request fails."""
     model, buckets = recurrent(rng), [(2, 3), (4, 8)]
@@ -391,6 +396,7 @@ def test_warmup_of_serve_xla_is_by_choice(rng, tmp_path):
     assert not (tmp_path / "n").exists()
 
 
+@pytest.mark.slow
 def test_a_server_without_xla_answers_all_but_serve_xla(rng, tmp_path, serve_in_c):
     model = recurrent(rng)
     path = export_saved_model(model, tmp_path / "m", xla_buckets=[(2, 3)])
@@ -432,6 +438,7 @@ def test_bad_xla_buckets(buckets, rng, tmp_path):
         export_saved_model(tagger(rng), tmp_path / "m", xla_buckets=buckets)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_export(rng, tmp_path):
     model = tagger(rng)
     directory = tmp_path / "m"

@@ -184,6 +184,7 @@ def assert_refuses(wrong, answers):
         assert f"[`{name}`] [{received}]" in answer.message, f"{where}: {answer}"
 
 
+@pytest.mark.slow(but=["free"])
 def test_the_graph_refuses_wrong_shapes(version, tmp_path):
     path, good, wrong = version
     copy = shutil.copytree(path, tmp_path / "1")
@@ -214,6 +215,7 @@ def test_the_graph_refuses_wrong_shapes(version, tmp_path):
     assert_refuses(wrong, answers)
 
 
+@pytest.mark.slow(but=["free"])
 def test_a_session_in_c_refuses_wrong_shapes(version, serve_in_c):
     """Of the version as it is: what a signature says of shapes, no optimizer trusts."""
     path, good, wrong = version
@@ -228,6 +230,7 @@ def test_a_session_in_c_refuses_wrong_shapes(version, serve_in_c):
     assert_refuses(wrong, answers)
 
 
+@pytest.mark.slow(but=["free"])
 def test_an_eager_call_refuses_wrong_shapes(version):
     """So does the local server, which calls the loaded signatures."""
     path, good, wrong = version

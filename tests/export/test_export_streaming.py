@@ -67,6 +67,18 @@ def served(layer, masked, one_frame, wants_states=True):
     return run
 
 
+@pytest.mark.slow(
+    but=[
+        "no-False-simple_rnn",
+        "no-False-gru_without_bias",
+        "no-False-simple_rnn_relu",
+        "no-True-gru_reset_first",
+        "lengths-False-lstm_other",
+        "lengths-True-lstm",
+        "any-False-gru",
+        "any-True-lstm_without_bias",
+    ]
+)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("go_backwards", [False, True])
 @pytest.mark.parametrize("masked", ["no", "lengths", "any"])
@@ -156,9 +168,19 @@ def signatures_of(path):
     return loaded, loaded.signatures
 
 
-def test_frames_one_by_one_are_the_sequence(rng, tmp_path):
-    model = causal_model(rng)
-    _loaded, signatures = signatures_of(export_saved_model(model, tmp_path / "m"))
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """A causal model, its weights before its export, and the signatures of that."""
+    model = causal_model(np.random.default_rng(20151005))
+    before = model.get_weights()
+    path = export_saved_model(model, tmp_path_factory.mktemp("causal"))
+    loaded, signatures = signatures_of(path)
+    yield model, before, signatures
+    del loaded  # until here: signatures do not keep variables alive
+
+
+def test_frames_one_by_one_are_the_sequence(rng, causal):
+    model, _, signatures = causal
     assert {"serving_default", "serve", "step", "chunk", "initial_state"} == set(
         signatures
     )
@@ -181,9 +203,8 @@ def test_frames_one_by_one_are_the_sequence(rng, tmp_path):
         np.testing.assert_array_equal(states["t"], [t + 1] * 3)
 
 
-def test_chunks_of_any_size_are_the_sequence(rng, tmp_path):
-    model = causal_model(rng)
-    _loaded, signatures = signatures_of(export_saved_model(model, tmp_path / "m"))
+def test_chunks_of_any_size_are_the_sequence(rng, causal):
+    model, _, signatures = causal
     x = rng.normal(size=(4, 9, 3)).astype("float32")
     speaker = tf.constant(rng.normal(size=(4, 2)), tf.float32)
     folded = fold(model)
@@ -227,9 +248,8 @@ def test_chunks_of_any_size_are_the_sequence(rng, tmp_path):
     np.testing.assert_array_equal(answer["t"], seen + [2, 0, 2, 0])
 
 
-def test_states_of_another_batch_size_fail(rng, tmp_path):
-    model = causal_model(rng)
-    _loaded, signatures = signatures_of(export_saved_model(model, tmp_path / "m"))
+def test_states_of_another_batch_size_fail(causal):
+    _, _, signatures = causal
     states = signatures["initial_state"](x=tf.zeros((1, 3)))
     frame = {"x": tf.zeros((2, 3)), "speaker": tf.zeros((2, 2))}
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"`lower_h`.*`x`"):
@@ -297,6 +317,14 @@ def not_causal(kind):
     return keras.Model(x, y)
 
 
+@pytest.mark.slow(
+    but=[
+        "bidirectional-'both' reads sequences from both ends",
+        "convolution-several timesteps",
+        "attention-several timesteps",
+        "fixed-timesteps is fixed",
+    ]
+)
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -328,10 +356,8 @@ def test_streaming_can_be_left_out(rng, tmp_path):
         export_saved_model(model, tmp_path / "m", streaming="yes")
 
 
-def test_weights_are_back_after_the_trial_of_causality(rng, tmp_path):
-    model = causal_model(rng)
-    before = model.get_weights()
-    _loaded, signatures = signatures_of(export_saved_model(model, tmp_path / "m"))
+def test_weights_are_back_after_the_trial_of_causality(rng, causal):
+    model, before, signatures = causal
     for a, b in itertools.zip_longest(before, model.get_weights()):
         np.testing.assert_array_equal(a, b)
     x = tf.constant(rng.normal(size=(2, 5, 3)), tf.float32)

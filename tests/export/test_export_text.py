@@ -201,7 +201,11 @@ OF_CHARACTERS = (
 )
 
 
+some_kinds = pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+
+
 class TestTextOfALanguageModel:
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_log_probabilities_are_those_of_the_model(self, kind):
         this = case(kind)
@@ -246,6 +250,7 @@ class TestTextOfALanguageModel:
         )
         assert generate(found, TEXTS) == generate(expected, TEXTS)
 
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_no_text_and_texts_of_nothing(self, kind):
         signatures = case(kind).signatures
@@ -257,6 +262,7 @@ class TestTextOfALanguageModel:
         assert generate(signatures, []) == []
         assert generate(signatures, ["", ""], max_tokens=0) == ["", ""]
 
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_bytes_that_are_not_utf8_harm_nobody(self, kind):
         signatures = case(kind).signatures
@@ -275,6 +281,7 @@ class TestTextOfALanguageModel:
 
 
 class TestGenerate:
+    @some_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_greedy_is_a_loop_over_the_whole_prefix(self, kind):
         this, counts = case(kind), [6, 8, 0, 3, 7]
@@ -525,6 +532,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_saved_signatures_answer_without_keras(tmp_path):
     expected = {}
     for kind in FRONT_ENDS:

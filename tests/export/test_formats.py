@@ -133,6 +133,7 @@ def test_each_layer(kind, layer, rng, tmp_path):
         assert found["LSTM"] == (layer == "lstm")
 
 
+@pytest.mark.slow(but=["litert-lstm", "onnx-gru"])
 @pytest.mark.parametrize("layer", ["lstm", "gru"])
 def test_bidirectional(kind, layer, rng, tmp_path):
     forward = KINDS[layer][0](4, return_sequences=True)
@@ -143,6 +144,7 @@ def test_bidirectional(kind, layer, rng, tmp_path):
         assert operations(path)["UNIDIRECTIONAL_SEQUENCE_LSTM"] == 2
 
 
+@pytest.mark.slow(but=["onnx"])
 def test_stacked(kind, rng, tmp_path):
     model = sequential(
         rng,
@@ -159,6 +161,7 @@ def test_stacked(kind, rng, tmp_path):
         assert operations(path)["UNIDIRECTIONAL_SEQUENCE_LSTM"] == 2
 
 
+@pytest.mark.slow(but=["litert"])
 def test_stock_layers_without_bias(kind, rng, tmp_path):
     model = sequential(
         rng,
@@ -172,6 +175,7 @@ def test_stock_layers_without_bias(kind, rng, tmp_path):
         assert operations(path)["UNIDIRECTIONAL_SEQUENCE_LSTM"] == 2
 
 
+@pytest.mark.slow(but=["litert"])
 def test_masks_by_value(kind, rng, tmp_path):
     model = sequential(
         rng,
@@ -305,6 +309,7 @@ def test_float16_weights(litert, rng, tmp_path):
     assert 1e-6 < gap(found, model(x, training=False)) < 5e-3
 
 
+@pytest.mark.slow
 def test_no_warnings_but_those_about_the_model(kind, tmp_path):
     """In a process of its own: libraries warn once, of their first use."""
     script = textwrap.dedent(

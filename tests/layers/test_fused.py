@@ -69,6 +69,18 @@ def outputs_and_gradients(layer, x, mask, states, training):
     ]
 
 
+@pytest.mark.slow(
+    but=[
+        "False-False-False-False-False-lstm",
+        "False-False-False-False-False-gru",
+        "False-False-False-True-True-gru",
+        "False-False-True-False-False-gru",
+        "False-True-False-False-True-lstm",
+        "True-False-False-True-False-lstm",
+        "True-True-True-False-False-lstm",
+        "True-True-True-True-True-gru",
+    ]
+)
 @EACH
 @pytest.mark.parametrize("masked", BOOLEANS)
 @pytest.mark.parametrize("backwards", BOOLEANS)

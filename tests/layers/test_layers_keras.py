@@ -195,6 +195,9 @@ def test_defaults_round_trip(kind):
 # Training
 
 
+@pytest.mark.slow(
+    but=["True-variant0-simple_rnn", "False-variant1-lstm", "auto-variant2-gru"]
+)
 @EACH
 @pytest.mark.parametrize(
     "jit_compile, variant", [(True, VARIANTS[0]), (False, VARIANTS[1]), ("auto", {})]
@@ -222,6 +225,9 @@ def test_fit_on_ragged_batches_of_any_length(kind, jit_compile, rng):
     check_learns(toy_model(kind), [data], epochs=10, jit_compile=jit_compile)
 
 
+@pytest.mark.slow(
+    but=["mixed_float16-simple_rnn", "mixed_float16-gru", "mixed_bfloat16-lstm"]
+)
 @EACH
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(kind, policy, rng):
@@ -242,6 +248,7 @@ def test_mixed_precision(kind, policy, rng):
 # Wrappers and stacks
 
 
+@pytest.mark.slow(but=["True-simple_rnn", "True-gru", "False-lstm"])
 @EACH
 @pytest.mark.parametrize("sequences", [True, False])
 def test_bidirectional(kind, sequences, rng):
@@ -462,6 +469,7 @@ def outputs_and_gradients(layer, x, mask, training):
 # Dropout
 
 
+@pytest.mark.slow(but=["dropout-simple_rnn", "dropout-gru", "recurrent_dropout-lstm"])
 @EACH
 @pytest.mark.parametrize("rate", ["dropout", "recurrent_dropout"])
 def test_dropout(kind, rate, rng):
@@ -650,6 +658,7 @@ def test_use_bias_false(kind, rng):
 # XLA
 
 
+@pytest.mark.slow(but=["lstm"])
 @EACH
 def test_jit_compile_agrees_with_the_graph(kind, rng):
     """All variants in one program, of dynamic shape, with a mask."""
@@ -679,6 +688,7 @@ def test_jit_compile_agrees_with_the_graph(kind, rng):
         assert gap(a, b) <= 1e-5 * max(1.0, np.max(np.abs(a)))
 
 
+@pytest.mark.slow(but=["input-simple_rnn", "input-gru", "joint-lstm"])
 @EACH
 @pytest.mark.parametrize("normalize", ["input", "joint"])
 def test_the_xla_program_is_two_loops_whatever_the_length(kind, normalize, rng):

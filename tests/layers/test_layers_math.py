@@ -58,6 +58,26 @@ each_normalization = pytest.mark.parametrize(
     ],
 )
 
+# Of `@each_cell` with one of the last two: each value at least once.
+some_normalizations = pytest.mark.slow(
+    but=[
+        "sequence-simple_rnn",
+        "sequence-gru-reset_after",
+        "sequence-gru-reset_before",
+        "frame-lstm",
+        "joint-lstm-peephole",
+    ]
+)
+some_normalize = pytest.mark.slow(
+    but=[
+        "input-simple_rnn",
+        "input-lstm-peephole",
+        "input-gru-reset_after",
+        "input-gru-reset_before",
+        "joint-lstm",
+    ]
+)
+
 
 @pytest.fixture(params=[("float32", 1e-5), ("float64", 1e-12)], ids=lambda p: p[0])
 def tolerance(request):
@@ -71,6 +91,15 @@ def tolerance(request):
 # 1. Inference
 
 
+@pytest.mark.slow(
+    but=[
+        "float32-state-input-simple_rnn",
+        "float32-state-joint-gru-reset_before",
+        "float32-mask-state-backwards-zeros-input-lstm-peephole",
+        "float64-state-joint-gru-reset_after",
+        "float64-mask-state-backwards-zeros-joint-lstm",
+    ]
+)
 @each_cell
 @each_normalize
 @pytest.mark.parametrize(
@@ -125,6 +154,14 @@ def folded_by_hand(layer):
 # 2. Identity
 
 
+@pytest.mark.slow(
+    but=[
+        "backwards-input-simple_rnn",
+        "stateful-joint-lstm",
+        "last-zeros-input-gru-reset_after",
+        "unroll-input-gru-reset_before",
+    ]
+)
 @each_stock_cell
 @each_normalize
 @pytest.mark.parametrize(
@@ -135,7 +172,7 @@ def folded_by_hand(layer):
         {"return_sequences": False, "zero_output_for_mask": True},
         {"unroll": True},
     ],
-    ids=str,
+    ids=["backwards", "stateful", "last-zeros", "unroll"],
 )
 def test_identity_statistics_give_the_stock_layer(
     kind, arguments, normalize, options, rng
@@ -176,6 +213,15 @@ def copy_stock_weights(stock, layer):
 # 3. Training
 
 
+@pytest.mark.slow(
+    but=[
+        "ragged-False-sequence-simple_rnn",
+        "ragged-False-frame-gru-reset_after",
+        "ragged-False-joint-lstm-peephole",
+        "random-True-sequence-gru-reset_before",
+        "random-True-frame-lstm",
+    ]
+)
 @each_cell
 @each_normalization
 @pytest.mark.parametrize("pattern, go_backwards", [("ragged", False), ("random", True)])
@@ -220,6 +266,7 @@ def test_training_equals_autodiff_of_the_oracle(
     assert float(norm.update_count) == 1
 
 
+@some_normalizations
 @each_cell
 @each_normalization
 def test_gradient_of_what_is_normalised_sums_to_zero_over_each_group(
@@ -250,6 +297,7 @@ def test_gradient_of_what_is_normalised_sums_to_zero_over_each_group(
 # 4. Masked frames
 
 
+@some_normalizations
 @each_cell
 @each_normalization
 def test_masked_frames_are_not_there_in_training(kind, arguments, normalization, rng):
@@ -263,6 +311,7 @@ def test_masked_frames_are_not_there_backwards(kind, rng):
     check_that_masked_frames_are_not_there(layer, rng, training=True)
 
 
+@some_normalize
 @each_cell
 @each_normalize
 def test_masked_frames_are_not_there_at_inference(kind, arguments, normalize, rng):
@@ -314,6 +363,7 @@ def check_that_masked_frames_are_not_there(layer, rng, training):
 # 5. Nothing to take statistics of
 
 
+@some_normalizations
 @each_cell
 @each_normalization
 def test_fully_masked_batch_is_finite_and_teaches_nothing(
@@ -333,6 +383,7 @@ def test_fully_masked_batch_is_finite_and_teaches_nothing(
         np.testing.assert_array_equal(before, now)
 
 
+@some_normalizations
 @each_cell
 @each_normalization
 def test_steps_with_no_valid_row_and_with_one_are_finite(
@@ -355,6 +406,7 @@ def test_steps_with_no_valid_row_and_with_one_are_finite(
 # 6. Moving averages
 
 
+@pytest.mark.slow(but=["0.5-sequence-simple_rnn", "0.5-frame-gru", "0.99-frame-lstm"])
 @each_kind
 @each_statistics
 @pytest.mark.parametrize("momentum", [0.5, 0.99])
@@ -378,6 +430,9 @@ def test_kth_update_weighs_its_batch_by_1_minus_momentum_or_1_over_k(
             assert_close(expected, batches[0], 0.0)
 
 
+@pytest.mark.slow(
+    but=["inference-simple_rnn-joint", "layer-lstm-input", "input_norm-gru-joint"]
+)
 @pytest.mark.parametrize(
     "kind, normalize", [("simple_rnn", "joint"), ("lstm", "input"), ("gru", "joint")]
 )
@@ -464,6 +519,7 @@ def test_variance_far_from_zero(statistics, shape, masked, rng):
     )
 
 
+@pytest.mark.slow(but=["sequence-simple_rnn", "frame-lstm", "joint-gru"])
 @each_kind
 @each_normalization
 def test_variance_far_from_zero_in_a_layer(kind, normalization, rng):
@@ -503,6 +559,13 @@ def far_from_zero(layer):
 # 8. SequenceBatchNorm alone
 
 
+@pytest.mark.slow(
+    but=[
+        "float32-{}-(5, 6, 4)-sequence",
+        "float32-{'scale': False}-(5, 6, 4)-frame",
+        "float64-{'center': False}-(5, 6, 2, 4)-frame",
+    ]
+)
 @each_statistics
 @pytest.mark.parametrize("shape", [(B, T, D), (B, T, 2, D)], ids=str)
 @pytest.mark.parametrize("affine", [{}, {"center": False}, {"scale": False}], ids=str)
@@ -600,6 +663,15 @@ def test_normalisation_in_mixed_precision(statistics, rng):
 # 9. Mixed precision
 
 
+@pytest.mark.slow(
+    but=[
+        "True-sequence-simple_rnn",
+        "True-frame-gru-reset_after",
+        "True-joint-lstm-peephole",
+        "False-sequence-gru-reset_before",
+        "False-frame-lstm",
+    ]
+)
 @each_cell
 @each_normalization
 @pytest.mark.parametrize("training", [True, False])
@@ -629,6 +701,7 @@ def test_mixed_precision_is_close_to_float32(
 # 10. Cells
 
 
+@some_normalize
 @each_cell
 @each_normalize
 def test_cell_in_rnn_infers_like_the_layer(kind, arguments, normalize, rng):
@@ -661,6 +734,7 @@ def test_stacked_cells_infer_like_stacked_layers(kind, normalize, rng):
     assert gap(rnn(x), upper(lower(x))) <= 1e-5  # float32, as above
 
 
+@some_normalize
 @each_cell
 @each_normalize
 def test_cell_in_rnn_trains_on_each_timestep(kind, arguments, normalize, rng, float64):
@@ -694,6 +768,7 @@ def test_cell_in_rnn_trains_on_each_timestep(kind, arguments, normalize, rng, fl
     assert_close([norm.moving_mean, norm.moving_variance], moments, 1e-12)
 
 
+@pytest.mark.slow(but=["True-True-simple_rnn", "True-False-gru", "False-False-lstm"])
 @each_kind
 @pytest.mark.parametrize("in_graph", [True, False])
 @pytest.mark.parametrize("unroll", [True, False])
@@ -740,6 +815,7 @@ def test_a_stateful_rnn_of_a_cell_trains(in_graph, rng, float64):
 # 11. Replicas
 
 
+@pytest.mark.slow
 def test_synchronized_replicas_equal_one():
     """In a process of its own: devices are split before TensorFlow starts."""
     here = pathlib.Path(__file__)

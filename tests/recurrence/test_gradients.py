@@ -32,7 +32,11 @@ VARIANTS = {
     ],
 }
 CASES = [(kind, variant) for kind in VARIANTS for variant in VARIANTS[kind]]
-EACH = pytest.mark.parametrize("kind, variant", CASES, ids=str)
+NAMES = [
+    "-".join([kind, *(v if isinstance(v, str) else k for k, v in variant.items())])
+    for kind, variant in CASES
+]
+EACH = pytest.mark.parametrize("kind, variant", CASES, ids=NAMES)
 BOOLEANS = [False, True]
 
 
@@ -150,6 +154,7 @@ def test_recurrent_dropout_in_the_gradient(kind, rng, monkeypatch):
     assert max(gap(a, b) for a, b in zip(ours, without, strict=True)) > 1e-2
 
 
+@pytest.mark.slow(but=["simple_rnn-graph", "lstm-xla", "gru-graph"])
 @pytest.mark.parametrize("mode", ["graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_and_length_may_be_unknown(kind, mode, rng):
@@ -220,6 +225,21 @@ def second_derivative(layer, x, mask, training, along):
     return outer.gradient(directional, [x, *weights], unconnected_gradients="zero")
 
 
+@pytest.mark.slow(
+    but=[
+        "simple_rnn-eager-False",
+        "simple_rnn-relu-graph-True",
+        "simple_rnn-elu-eager-True",
+        "lstm-xla-False",
+        "lstm-peephole-graph-False",
+        "lstm-silu-hard_sigmoid-eager-False",
+        "lstm-relu6-peephole-eager-False",
+        "lstm-use_bias-eager-False",
+        "gru-xla-True",
+        "gru-use_bias-eager-False",
+        "gru-gelu-hard_sigmoid-eager-False",
+    ]
+)
 @pytest.mark.parametrize("training", BOOLEANS)
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @EACH
@@ -270,6 +290,7 @@ def test_second_derivatives(kind, variant, mode, training, rng):
         assert gap(s, expected) <= 1e-6 * max(1.0, np.max(np.abs(expected)))
 
 
+@pytest.mark.slow(but=["simple_rnn-False", "lstm-True", "gru-False"])
 @pytest.mark.parametrize("pfor", BOOLEANS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_jacobians(kind, pfor, rng):
@@ -357,6 +378,16 @@ def inputs(name, rng):
     return x
 
 
+@pytest.mark.slow(
+    but=[
+        "simple_rnn-usual-False-float32",
+        "simple_rnn-usual-True-float64",
+        "lstm-far-False-float32",
+        "lstm-far-True-float64",
+        "gru-rank deficient-False-float64",
+        "gru-constant-True-float32",
+    ]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("masked", BOOLEANS)
 @pytest.mark.parametrize("name", ["usual", "far", "rank deficient", "constant"])
@@ -484,6 +515,7 @@ def test_training_in_half_precision_follows_float32(kind, rng):
     assert gap(*statistics) <= 1e-2
 
 
+@pytest.mark.slow(but=["simple_rnn-eager", "lstm-graph", "gru-xla"])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sparse_gradient_from_above(kind, mode, rng):

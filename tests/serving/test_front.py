@@ -319,7 +319,9 @@ def test_other_methods(behind, channel, service):
 def test_deadline_of_the_client(behind, service):
     service.Predict(make_request(), timeout=20)
     (seconds,) = behind.seconds
-    assert 10 < seconds <= 20
+    # gRPC rounds a deadline up, to at most 100 ms more, on its way over the wire; the
+    # rest is for the clocks, which are read at different moments.
+    assert 10 < seconds <= 20.1 + 0.01
 
 
 def test_client_and_session_before_the_local_server(server, rng):

@@ -91,6 +91,7 @@ def assert_serves(backend, scale, version):
     assert response.model_version_status[0].version == version
 
 
+@pytest.mark.slow
 def test_binary_is_started_on_free_ports_and_ended(exported, tmp_path, monkeypatch):
     binary = tmp_path / "model_server"
     binary.write_text(STAND_IN.format(python=sys.executable))
