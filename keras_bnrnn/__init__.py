@@ -16,12 +16,12 @@ from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
 
 try:
     __version__ = importlib.metadata.version("keras-bnrnn")
-except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+except importlib.metadata.PackageNotFoundError:  # the package is not installed
     __version__ = "unknown"
 
 
 def __getattr__(name):
-    # The export loads more of TensorFlow than layers need.
+    # `keras_bnrnn.export` loads parts of TensorFlow that the layers do not need.
     if name == "export_saved_model":
         from keras_bnrnn.export import export_saved_model
 

@@ -1,4 +1,4 @@
-"""`recalibrate`: the exact population statistics of a data set."""
+"""Defines `recalibrate`, which computes exact population statistics of a data set."""
 
 import contextlib
 import inspect
@@ -20,8 +20,8 @@ from keras_bnrnn.sequence_batch_norm import (
 )
 from keras_bnrnn.traversal import numbered, sublayers
 
-# Passes until statistics that depend on themselves are taken not to settle, and
-# how far a pass may still move them, in standard deviations.
+# Statistics that depend on themselves are recomputed for at most this many passes,
+# until a pass moves them by less than `SETTLED` standard deviations.
 MAX_PASSES = 50
 SETTLED = 1e-6
 
@@ -32,37 +32,37 @@ def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
     """Sets every normalised layer to the exact population statistics of `data`.
 
     The moving averages of training lag behind the weights, and are averages over
-    batches. This takes mean and variance over all the valid frames of the data,
-    `model(x, training=False)`, layer by layer from the bottom: each layer sees what
-    the layers below make of the data with their own final statistics. Sums are
-    float64 and merged so that how the data is cut into batches changes nothing.
+    batches. This function computes mean and variance over all valid frames of the data,
+    with `model(x, training=False)`, layer by layer from the bottom. The inputs of a
+    layer are computed with the final statistics of the layers below. Sums are float64.
+    The batch size does not change the result.
 
-    The data is read once for each normalised layer (once for both directions of a
-    `Bidirectional`). Where statistics depend on themselves, with
-    `normalize="joint"` or a layer called twice, it is read until they settle.
+    The data is read once for each normalised layer, and once for both directions of a
+    `Bidirectional`. Statistics depend on themselves with `normalize="joint"`, or if a
+    layer is called twice. The data is then read until the statistics settle.
 
     Args:
-        model: A built `keras.Model`. Only its population statistics change, those of
-            frozen layers too, and if anything fails not even they.
+        model: A built `keras.Model`. Only its population statistics change, also those
+            of frozen layers. If an error occurs, nothing changes.
         data: Arrays as for `model.predict`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or another iterable of batches, each `x` or
-            `(x, y, ...)`. For a model with one input a list is one of batches. It
-            must give the same frames each time it is read.
-        steps: Number of batches to use, which are then kept in memory. Default:
-            all; an endless data set and an iterator need it (of a data set that
-            does not know its size, give it if it may be endless).
+            `(x, y, ...)`. For a model with one input, a list is a list of batches. The
+            data must give the same frames each time it is read.
+        steps: Number of batches to use. These batches are kept in memory. Default: all
+            batches. Endless data sets and iterators require `steps`. Pass `steps` too
+            if a data set of unknown size may be endless.
         batch_size: Int, for arrays. Default: 32.
         verbose: 1 (default) for a progress bar, 0 for silence.
 
     Returns:
-        A dict from layer name (numbered, where several have the same) to
-        `{"mean": ..., "variance": ...}`: the furthest that a component of its mean
-        moved, in standard deviations, and its variance, relatively.
+        A dict from layer name to `{"mean": ..., "variance": ...}`: the largest change
+        of a component of the mean, in standard deviations, and the largest relative
+        change of a component of the variance. Equal layer names are numbered.
 
     Raises:
-        ValueError: If `model` is not built or has nothing to recalibrate, `data` has
-            no batch, no valid frame, fewer than `steps` batches or a valid frame that
-            is not finite, or is endless without `steps`.
+        ValueError: If `model` is not built or has no normalised layer. If `data` has no
+            batch, no valid frame, fewer than `steps` batches or a valid frame that is
+            not finite, or if it is endless and `steps` is `None`.
 
     Example:
 
@@ -99,14 +99,16 @@ def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
 
 
 class _Target:
-    """One `SequenceBatchNorm` and the layer whose calls tell what it normalises.
+    """A `SequenceBatchNorm` and the layer whose calls determine its inputs.
 
     Args:
+        name: The name of the target in reports and messages.
         norm: The `SequenceBatchNorm`.
-        layer: The layer to listen to.
-        pre_activations: Function `(inputs, initial_state, mask)` to a float64
-            tensor (B, T, ..., F) and its mask.
-        recursive: Whether the pre-activations depend on these statistics.
+        layer: The layer whose calls are recorded.
+        pre_activations: Function `(inputs, initial_state, mask)` that returns the
+            inputs of `norm`, a float64 tensor of shape (B, T, ..., F), and their mask.
+        recursive: Whether the pre-activations depend on the statistics of `norm`.
+            Default: `False`.
     """
 
     def __init__(self, name, norm, layer, pre_activations, recursive=False):
@@ -166,7 +168,7 @@ def _norm_pre_activations(inputs, initial_state, mask):
 
 
 def _cell_pre_activations(layer, cells, index, site):
-    """The pre-activations at a site of the cell `cells[index]` of an RNN layer."""
+    """Returns the `pre_activations` of a `_Target` at a site of `cells[index]`."""
 
     def pre_activations(inputs, initial_state, mask):
         if layer.go_backwards:
@@ -188,7 +190,7 @@ def _cell_pre_activations(layer, cells, index, site):
 
 
 class _Batches:
-    """The `x` of each batch of a data set, to be read more than once."""
+    """Reads the `x` of each batch of a data set, any number of times."""
 
     def __init__(self, model, data, steps, batch_size):
         for name, number in (("steps", steps), ("batch_size", batch_size)):
@@ -216,7 +218,7 @@ class _Batches:
             )
         if _is_arrays(model, data):
             data = _cut(data, batch_size)
-        self.count = None  # of batches, where that is known before they are read
+        self.count = None  # the number of batches, if known before they are read
         if isinstance(data, keras.utils.PyDataset):
             self.count = data.num_batches
             if steps is not None:
@@ -242,7 +244,7 @@ class _Batches:
     def __iter__(self):
         count = 0
         for batch in self._read():
-            # A list of one array for each of several inputs is x: not x and y.
+            # If the model has several inputs, a list of as many arrays is x alone.
             several = isinstance(batch, list) and _is_arrays(self._model, batch)
             x = batch if several else keras.utils.unpack_x_y_sample_weight(batch)[0]
             yield keras.tree.map_structure(ops.convert_to_tensor, x)
@@ -262,7 +264,7 @@ def _is_endless(data):
 
 
 def _is_arrays(model, data):
-    """Whether `data` is the model's input itself, not batches of it."""
+    """Returns whether `data` is the input of the model, not an iterable of batches."""
     if isinstance(data, dict):
         return True
     if isinstance(data, (list, tuple)):
@@ -290,7 +292,7 @@ def _cut(arrays, batch_size):
 
 @contextlib.contextmanager
 def _unchanged_states(model):
-    """Leaves the states of stateful layers as they were."""
+    """Restores the states of stateful layers."""
     variables = _state_variables(model)
     values = [ops.convert_to_numpy(v).copy() for v in variables]
     try:
@@ -325,7 +327,7 @@ def _unchanged_on_error(targets):
 
 @contextlib.contextmanager
 def _listening(targets, heard):
-    """Calls `heard(target, inputs, initial_state, mask)` as its layer is called."""
+    """Calls `heard(target, inputs, initial_state, mask)` when its layer is called."""
     layers = {id(target.layer): target.layer for target in targets}
     own_calls = {key: vars(layer).get("call") for key, layer in layers.items()}
 
@@ -359,13 +361,13 @@ def _listening(targets, heard):
 
 
 def _in_order_of_calls(model, targets, x):
-    """Groups of targets that one pass can serve, from the bottom up.
+    """Groups the targets that can share a pass over the data, from the bottom up.
 
-    Two targets share a pass where they hear the very same tensor, as the two
-    directions of a `Bidirectional` do: neither then depends on the other.
+    Two targets share a pass if their layers receive the same tensor, as the two
+    directions of a `Bidirectional` do. Neither then depends on the other.
     """
     order = []
-    tensors = []  # kept alive, so that no two have the same id
+    tensors = []  # keeps the tensors alive, so that their ids differ
 
     def heard(target, inputs, initial_state, mask):
         tensors.append(inputs)
@@ -399,9 +401,10 @@ def _in_order_of_calls(model, targets, x):
 
 
 def _open_axes(model):
-    """A function of a rank to the axes that the model's inputs leave open.
+    """Returns a function from a rank to the axes of unknown size in model inputs.
 
-    Inputs of the same rank go together: only the model knows which is which.
+    Inputs of the same rank share their open axes: a tensor of a batch does not say
+    which input it is.
     """
     free = {}
     for tensor in getattr(model, "inputs", None) or ():
@@ -419,7 +422,7 @@ def _recalibrate_group(model, group, batches, label, verbose):
         sums[id(target)].add(*target.pre_activations(inputs, initial_state, mask))
 
     def run(x):
-        # Nothing is returned: what lies above the group is not computed.
+        # Returns nothing, so the layers above the group are not computed.
         model(x, training=False)
 
     compiled = []
@@ -477,7 +480,7 @@ def _require_finite(target, moments, number):
 
 
 class _RunningMoments:
-    """Count, mean and variance of all elements seen so far, in float64."""
+    """Count, mean and variance of all elements added so far, in float64."""
 
     def __init__(self, norm):
         (features,) = norm.moving_mean.shape
@@ -491,7 +494,7 @@ class _RunningMoments:
             variable.assign(ops.zeros_like(variable))
 
     def values(self):
-        """Count (1,), mean (F,) and variance (F,), as arrays."""
+        """Returns count (1,), mean (F,) and variance (F,) as arrays."""
         return [ops.convert_to_numpy(v) for v in self.variables]
 
     def add(self, x, mask):

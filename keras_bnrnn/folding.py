@@ -1,4 +1,4 @@
-"""`fold`: a model of stock Keras layers that does what a normalised one does."""
+"""Defines `fold`, which replaces normalised layers by stock Keras layers."""
 
 import contextlib
 import inspect
@@ -24,13 +24,13 @@ from keras_bnrnn.traversal import (
 
 
 class FoldedLayer(typing.NamedTuple):
-    """What `fold` did with one normalised layer.
+    """Reports how `fold` treated one normalised layer.
 
     Attributes:
-        name: The layer's name.
-        layer: Its class, such as `"BNLSTM"`.
-        folded_into: The class of the stock layer in its place, or `None`.
-        kept_because: Why it was kept, frozen; `None` where it was folded.
+        name: The name of the layer.
+        layer: The class of the layer, such as `"BNLSTM"`.
+        folded_into: The class of the stock layer that replaces it, or `None`.
+        kept_because: Why the layer was kept and frozen. `None` if it was folded.
     """
 
     name: str
@@ -40,35 +40,38 @@ class FoldedLayer(typing.NamedTuple):
 
 
 def fold(model, return_report=False):
-    """A new model of stock Keras layers, equal to `model(x, training=False)`.
+    """Returns a model of stock Keras layers that equals `model(x, training=False)`.
 
     With its population statistics, batch normalisation is an affine map of the
     input projection: `W' = W * gamma / sqrt(variance + epsilon)`,
     `b' = beta - mean * gamma / sqrt(variance + epsilon)`. Each `BNLSTM`, `BNGRU` and
-    `BNSimpleRNN` becomes the stock layer with these weights, each cell of them the
-    stock cell, and a `SequenceBatchNorm` a `BatchNormalization`. Normalisation then
-    costs nothing. The folded layers are for inference: they have no dropout,
-    regularizers or constraints.
+    `BNSimpleRNN` is replaced by the stock layer with these weights, each of their cells
+    by the stock cell, and each `SequenceBatchNorm` by a `BatchNormalization`. In the
+    recurrent layers normalisation then takes no time. The folded layers are for
+    inference: they have no dropout, regularizers or constraints.
 
     Args:
-        model: A built Sequential or Functional model, with whatever inside: shared
-            layers, nested models, `Bidirectional`, `TimeDistributed`,
-            `keras.layers.RNN` and `StackedRNNCells`. It is not changed.
-        return_report: Whether to return the list of `FoldedLayer` as well.
+        model: A built Sequential or Functional model. It may contain shared layers,
+            nested models, `Bidirectional`, `TimeDistributed`, `keras.layers.RNN` and
+            `StackedRNNCells`. It is not changed.
+        return_report: Whether to return the list of `FoldedLayer` as well. Default:
+            `False`.
 
     Returns:
-        The folded model, its layers named as those of `model`, compiled as `model` is
-        if all that it is compiled with is Keras' or registered with Keras (its
-        optimizer makes its slots only when the folded model trains); with
-        `return_report`, `(folded, report)`. A layer that cannot fold is kept, frozen,
-        and a warning names it: one with peepholes, one of a subclass that overrides a
-        method of its equations (`step`, `call`, `inner_loop`, `build`, `own_weights`
-        or `folded_weights`, of its cell too), or one inside a layer of one's own.
+        The folded model, or `(folded, report)` with `return_report`. Layers keep their
+        names. The folded model is compiled like `model`, if the optimizer, losses and
+        metrics are part of Keras or registered with Keras. Its optimizer creates its
+        variables only when the folded model trains.
 
-        Outputs agree to 1e-5 for inputs whose mean is not large against their
+        A layer that cannot fold is kept and frozen, and a warning names it. A layer
+        cannot fold if it has peepholes, if it is inside a user-defined layer, or if the
+        subclass of the layer or its cell overrides a method of the equations: `step`,
+        `call`, `inner_loop`, `build`, `own_weights` or `folded_weights`.
+
+        Outputs agree to 1e-5 for inputs whose mean is not large compared with their
         deviation. Both models compute in float32, which rounds a pre-activation by
-        some 1e-7 of the largest term in its sum: inputs of mean 1e4 and deviation 1
-        are good for 1e-3, in either model.
+        about 1e-7 of the largest term in its sum. For inputs with mean 1e4 and
+        deviation 1 both models are accurate to 1e-3.
 
     Raises:
         ValueError: If `model` is subclassed or not built.
@@ -89,11 +92,11 @@ def fold(model, return_report=False):
         folded.build([x.shape for x in model.inputs])
     _copy_weights(model, folded)
     if model.compiled and type(model).compile is keras.Model.compile:
-        # A loss or metric that is not registered with Keras has no configuration.
+        # A loss or metric that is not registered with Keras cannot be deserialized.
         with contextlib.suppress(TypeError, ValueError):
             config = keras.saving.deserialize_keras_object(model.get_compile_config())
-            # Not `compile_from_config`: it makes the slots of the optimizer, which a
-            # model for inference does not need. Training makes them when it starts.
+            # Not `compile_from_config`, which creates the variables of the optimizer:
+            # inference does not need them, and training creates them when it starts.
             folded.compile(**config)
     kept = [entry for entry in report if entry.kept_because is not None]
     if kept:
@@ -120,7 +123,7 @@ INFERENCE = {
 
 
 def _folded_graph(model, report):
-    """The graph of a model with the stand-ins of its layers in it."""
+    """Clones a model with folded layers in place of its layers."""
     inputs = None
     if not isinstance(model, keras.Sequential):
         layers = {id(x.output): x for x in model.layers if _is_input(x)}
@@ -135,7 +138,7 @@ def _folded_graph(model, report):
 
 
 def _copy_of_input(layer):
-    """An input that keeps both its names, of the layer and of the tensor."""
+    """Copies an input, with the name of the layer and the name of the tensor."""
     x = layer.output
     tensor = keras.KerasTensor(
         x.shape, x.dtype, sparse=x.sparse, ragged=x.ragged, name=x.name
@@ -150,7 +153,7 @@ def _is_input(layer):
 
 
 def _folded(layer, report):
-    """The layer to stand for `layer`, not built yet."""
+    """Returns the layer that replaces `layer`, not built yet."""
     if isinstance(layer, keras.Model) and has_graph(layer):
         return _folded_graph(layer, report)
     if not _holds_normalization(layer):
@@ -191,7 +194,7 @@ def _holds_normalization(layer):
 
 
 def _copy_weights(layer, clone):
-    """Gives the built `clone` what makes it equal to `layer`."""
+    """Copies weights and states from `layer` to the built `clone`, folded if needed."""
     if isinstance(layer, keras.Model) and has_graph(layer):
         clones = {part.name: part for part in clone.layers}
         for part in layer.layers:
@@ -212,7 +215,7 @@ def _copy_weights(layer, clone):
 
 
 def _copy_parts(layer, clone):
-    """Of a stock layer that is made of others."""
+    """Copies the weights of a stock layer that contains other layers."""
     if isinstance(layer, keras.layers.Bidirectional):
         _copy_weights(layer.forward_layer, clone.forward_layer)
         _copy_weights(layer.backward_layer, clone.backward_layer)
@@ -231,7 +234,7 @@ def _makes(layer):
 
 
 def _copy_states(layer, clone):
-    """The states of a stateful layer go with it."""
+    """Copies the states of a stateful layer."""
     if isinstance(layer, keras.layers.RNN) and layer.stateful:
         states, copied = (keras.tree.flatten(x.states) for x in (layer, clone))
         for state, copied_state in zip(states, copied, strict=True):
@@ -245,7 +248,7 @@ def _copy_folded_weights(cell, stock_cell):
 
 def _stock(layer):
     stock = getattr(layer, _declaration(layer))
-    # Those of a subclass and of normalisation mean nothing to a stock layer.
+    # A stock layer has no arguments of subclasses or of normalisation.
     known = {"name", "trainable", "dtype", *inspect.signature(stock).parameters}
     if isinstance(layer, BNRNN):
         known |= set(inspect.signature(keras.layers.RNN).parameters)
@@ -271,12 +274,12 @@ def _stock_norm(layer):
 
 
 def _declaration(layer):
-    """The name of the attribute with the stock class of a normalised layer or cell."""
+    """Returns the name of the attribute that holds the stock class."""
     return "stock_cell" if isinstance(layer, BNCell) else "stock_layer"
 
 
 def _why_not(layer):
-    """The reason why a normalised layer or cell cannot fold, or `None`."""
+    """Returns why a normalised layer or cell cannot fold, or `None` if it can."""
     parts = [layer, layer.cell] if isinstance(layer, BNRNN) else [layer]
     for part in parts:
         declaration = _declaration(part)

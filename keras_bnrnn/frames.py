@@ -1,12 +1,12 @@
 """Compaction: turns every mask into right padding.
 
-A row's valid frames move to the front, in the direction of the layer. Then t, the index
-of a frame, counts the valid frames of its own sequence; a recurrence needs no mask
-inside its loop; and what is computed past the end of a row is dropped.
+The valid frames of a row move to the front, in the direction of the layer. The index t
+of a moved frame counts the valid frames of its own sequence. A recurrence then needs no
+mask inside its loop: results past the end of a row are dropped.
 
 Indices select rows of flattened tensors (B*T, ...). Moving the frames replaces the
-transposition to time-major frames, so it costs little more than that. The gradient of a
-move is a move, too.
+transposition to time-major frames, and costs little more. The gradient of a move is a
+move, too.
 """
 
 from keras import ops
@@ -19,13 +19,15 @@ class Frames:
 
     Args:
         mask: Boolean tensor (B, T), true at valid frames; `None` if all are valid.
-        backwards: Whether the layer reads a sequence from its last frame.
-        time_major: Whether frames are arranged as (T, B, ...); (B, T, ...) otherwise.
+        backwards: Whether the layer reads a sequence from its last frame. Default:
+            `False`.
+        time_major: Whether arranged frames have the shape (T, B, ...), otherwise
+            (B, T, ...). Default: `True`.
 
     Attributes:
         lengths: int32 tensor (B,), the number of valid frames of each row, or `None`.
-        valid: Boolean tensor (T, B, 1) or (B, T, 1): whether a frame of the arranged
-            ones is before the end of its row. `None` without a mask.
+        valid: Boolean tensor (T, B, 1) or (B, T, 1), true at arranged frames before
+            the end of their row. `None` without a mask.
     """
 
     def __init__(self, mask, backwards=False, time_major=True):
@@ -36,8 +38,8 @@ class Frames:
             return
         self._batch, self._timesteps = batch, timesteps = ops.shape(mask)
         self._mask = mask
-        # In the order of processing, each of shape (B, T): whether a frame is valid,
-        # and the t of the last valid frame up to it, -1 if there is none.
+        # (B, T) in the order of processing: `_processed` is true at valid frames, and
+        # `_t` is the t of the last valid frame so far, -1 before the first one.
         self._processed = ops.flip(mask, axis=1) if backwards else mask
         self._t = ops.cumsum(ops.cast(self._processed, "int32"), axis=1) - 1
         self.lengths = self._t[:, -1] + 1
@@ -45,18 +47,18 @@ class Frames:
         self._rows = ops.arange(batch, dtype="int32")[:, None]
         is_valid = positions < self.lengths[:, None]
         self.valid = self._laid_out(is_valid)[..., None]
-        # (B, T): the position of the frame of each t; those of padding come last.
+        # (B, T): the position of the frame of each t. Masked positions come last.
         late = ops.where(self._processed, positions, positions + timesteps)
         self._position = ops.argsort(late, axis=1)
 
     def arrange(self, sequences):
-        """The frames of sequences, in the order of their t.
+        """Moves the valid frames of each row to the front, in the order of their t.
 
         Args:
             sequences: Tensor of shape (B, T, ...).
 
         Returns:
-            Tensor of shape (T, B, ...) or (B, T, ...); 0 past the end of a row.
+            Tensor of shape (T, B, ...) or (B, T, ...), 0 past the end of a row.
             Masked positions, NaN included, have no effect and a gradient of 0.
         """
         if self.lengths is None:
@@ -77,15 +79,16 @@ class Frames:
         )
 
     def restore(self, outputs, repeat=False):
-        """Outputs at the positions of their frames, in the order of processing.
+        """Moves outputs back to the positions of their frames.
 
         Args:
             outputs: Tensor of shape (T, B, ...) or (B, T, ...), in the order of t.
-            repeat: Whether masked positions repeat the output before them. Before the
-                first valid frame, and without `repeat`, they are 0.
+            repeat: Whether masked positions repeat the output before them. Without
+                `repeat`, and before the first valid frame, they are 0. Default:
+                `False`.
 
         Returns:
-            Tensor of shape (B, T, ...).
+            Tensor of shape (B, T, ...), in the order of processing.
         """
         if self.lengths is None:
             return self._laid_out(outputs)
@@ -99,9 +102,14 @@ class Frames:
         )
 
     def last_output(self, last, repeat=False):
-        """The output at the last position, from that of the last valid frame (B, U).
+        """Returns the output at the last position.
 
-        `repeat` is as in `restore`.
+        Args:
+            last: Tensor of shape (B, U), the output at the last valid frame.
+            repeat: As in `restore`.
+
+        Returns:
+            Tensor of shape (B, U).
         """
         if self.lengths is None:
             return last
@@ -115,7 +123,7 @@ class Frames:
         return ops.transpose(frames, (1, 0, *range(2, len(frames.shape))))
 
     def _index_of(self, t):
-        """(B, T): the flat index of the arranged frames at t, those below 0 at 0."""
+        """Returns flat indices (B, T) of arranged frames; a negative t counts as 0."""
         t = ops.maximum(t, 0)
         if self._time_major:
             return t * self._batch + self._rows
@@ -123,11 +131,11 @@ class Frames:
 
 
 def at_end(sequence, initial, lengths):
-    """The states at the end of each row.
+    """Selects the states at the end of each row.
 
     Args:
         sequence: Tensor of shape (T, B, U), the states after each timestep.
-        initial: Tensor of shape (B, U), the state of rows without a frame.
+        initial: Tensor of shape (B, U), the states of rows without a valid frame.
         lengths: int32 tensor (B,).
 
     Returns:
@@ -149,10 +157,11 @@ def _moved(x, index, shown, inverse, present, lead=2):
 
     Args:
         x: Tensor of shape (N, M, ...), or (N, ...) for an inverse of rank 1.
-        index: int32 tensor, for each result the index of its frame in the flat `x`.
-        shown: Boolean tensor of the shape of `index` and 1: where results are not 0.
-        inverse: int32 tensor (N, M), for each frame of `x` the index of its result.
-        present: Boolean tensor (N, M, 1): which frames of `x` have a result.
+        index: int32 tensor, the index of the frame of each result in the flat `x`.
+        shown: Boolean tensor of shape `(*index.shape, 1)`. Results are 0 where it is
+            false.
+        inverse: int32 tensor (N, M), the index of the result of each frame of `x`.
+        present: Boolean tensor (N, M, 1), true at frames of `x` that have a result.
         lead: The rank of `index`.
     """
 
@@ -166,7 +175,7 @@ def _moved(x, index, shown, inverse, present, lead=2):
 
 
 def _moved_and_repeated(x, index, valid, inverse, present):
-    """`_moved`, with results that repeat the valid one before them."""
+    """Moves frames as `_moved`; masked results repeat the valid one before them."""
     shown = ops.logical_or(valid, ops.cumsum(ops.cast(valid, "int32"), axis=1) > 0)
 
     def forward(x):
@@ -185,14 +194,14 @@ def _moved_and_repeated(x, index, valid, inverse, present):
             sums = ops.segment_sum(flat, ops.reshape(index, (-1,)), count)
             return gradient + ops.reshape(sums, ops.shape(x))
 
-        # A loss seldom looks at masked outputs, and the sum costs more than the move.
+        # Few losses depend on masked outputs, and the sum costs more than the move.
         return [ops.cond(ops.any(repeated != 0), with_repeated, lambda: gradient)]
 
     return backend.custom_gradient(lambda x: forward(x)[0], forward, backward)(x)[0]
 
 
 def _taken(x, index, shown, lead):
-    """The frames of `x`, whose first `lead` axes count frames, at flat indices."""
+    """Gathers frames of `x` at flat indices; the first `lead` axes count frames."""
     taken = ops.take(_flat(x, lead), index, axis=0)
     rank = len(taken.shape)
     while len(shown.shape) < rank:
@@ -201,5 +210,5 @@ def _taken(x, index, shown, lead):
 
 
 def _flat(x, lead):
-    """`x` with its first `lead` axes as one."""
+    """Merges the first `lead` axes of `x` into one."""
     return ops.reshape(x, (-1, *x.shape[2:])) if lead == 2 else x

@@ -11,8 +11,8 @@ from keras_bnrnn import statistics as stats
 class Population:
     """Moving averages of the moments of training batches.
 
-    The k-th update weighs its batch by `max(1 - momentum, 1 / k)`. A plain object: the
-    layer whose variables these are tracks and saves them.
+    The k-th update weighs its batch by `max(1 - momentum, 1 / k)`. This is a plain
+    object: the layer that owns the variables tracks and saves them.
 
     Args:
         mean, variance: Variables of shape (F,).
@@ -41,7 +41,7 @@ class Population:
         )
 
     def row(self, t=None):
-        """Mean and variance (F,) for the frames of timestep t; the same for every t."""
+        """Returns mean and variance, each (F,), at t: the same for every t."""
         return ops.convert_to_tensor(self.mean), ops.convert_to_tensor(self.variance)
 
     def update(
@@ -85,7 +85,7 @@ class Population:
         )
         nonfinite = ops.cast(ops.logical_not(finite), "float32")
         if not across_steps and backend.replica_count() > 1:
-            # Replicas cannot meet inside a loop.
+            # Replicas cannot exchange sums inside a time loop.
             mean, variance, count = stats.pool(
                 mean[None], variance[None], count[None], backend.sum_over_replicas
             )
@@ -115,13 +115,13 @@ class Population:
         """
         self.mean.assign(mean)
         self.variance.assign(variance)
-        # As many updates as bring the weight of a batch down to 1 - momentum: the next
-        # training step does not throw these statistics away.
+        # After this many updates a batch weighs 1 - momentum. The next training step
+        # then does not overwrite these statistics.
         settled = 1.0 / (1.0 - self.momentum)
         self.update_count.assign(ops.maximum(self.update_count, settled))
 
     def _warn_if(self, condition, message, name):
-        """Gives each warning once, if a boolean scalar tensor is true."""
+        """Warns if a boolean scalar tensor is true, once for each message."""
 
         def warn():
             if message not in self._warned:
@@ -134,12 +134,12 @@ class Population:
 NONFINITE = (
     "A training batch of layer {name!r} has a mean or variance that is not finite: its "
     "inputs are NaN, infinite or too large. Such batches are left out of the "
-    "population statistics, and `nonfinite_batches` counts them."
+    "population statistics. `nonfinite_batches` counts them."
 )
 
 SINGLE_ROWS = (
-    "A training batch of layer {name!r} has a single row at each timestep, and "
-    "frame-wise statistics are taken over the rows: every output is `beta`, and the "
-    "batch is left out of the population statistics. Use batches of 2 rows or more, or "
+    "A training batch of layer {name!r} has a single row at each timestep. Frame-wise "
+    "statistics are taken over the rows, so every output is `beta`, and the batch is "
+    "left out of the population statistics. Use batches of 2 rows or more, or "
     "`statistics='sequence'`."
 )

@@ -10,23 +10,23 @@ from keras_bnrnn import statistics as stats
 
 
 def normalized_projection(norm, frames, kernel, valid=None):
-    """`BN(frames . kernel)` with the batch's statistics, which `norm` learns from.
+    """Computes `BN(frames . kernel)` by batch statistics, and updates `norm` by them.
 
     Args:
         norm: The `SequenceBatchNorm` of the projection.
-        frames: Tensor of shape (T, B, D), finite where a frame is not valid.
+        frames: Tensor of shape (T, B, D). Invalid frames must be finite.
         kernel: Tensor of shape (D, F).
         valid: Boolean tensor of shape (T, B, 1), or `None`.
 
     Returns:
-        `(projected, bias)`, of shapes (T, B, F) and (F,): their sum is the
-        normalised projection. `bias` is `None` where there is none to add.
+        `(projected, bias)`, of shapes (T, B, F) and (F,). Their sum is the
+        normalised projection. `bias` is `None` if there is nothing to add.
     """
     if norm.statistics == "frame":
         return _by_frame(norm, frames, kernel, valid), None
     centred, mean, count = _centred(norm, frames, kernel, valid)
-    # Replicas sum the moments of their projections: no collective may stand in a
-    # condition, which the moments of the frames need.
+    # Replicas sum the moments of their projections. The moments of the frames need a
+    # condition, and no collective operation may be inside one.
     if not norm.synchronized and moments_are_cheaper(frames.shape, kernel.shape[-1]):
         normalize = _by_moments
     else:
@@ -38,11 +38,14 @@ def normalized_projection(norm, frames, kernel, valid=None):
 
 
 def folded_projection(norm, frames, kernel, valid=None):
-    """The same with sequence-wise statistics, and the projection left to do.
+    """Folds normalisation by sequence-wise statistics into the kernel.
+
+    Updates `norm` by the batch statistics, as `normalized_projection` does, but leaves
+    the projection to the caller.
 
     Args:
-        norm, frames, kernel, valid: As in `normalized_projection`; time and batch
-            may stand in any order.
+        norm, frames, kernel, valid: As in `normalized_projection`; the time and batch
+            axes may be in any order.
 
     Returns:
         `(frames, kernel, bias)` such that `frames . kernel + bias` is the normalised
@@ -54,16 +57,16 @@ def folded_projection(norm, frames, kernel, valid=None):
 
 
 def _centred(norm, frames, kernel, valid):
-    """Frames without their mean, the mean (1, F) of their projection, the count.
+    """Returns centred frames, the mean (1, F) of the projection, and the count (1, 1).
 
-    The projection of centred frames has no mean, and float32 holds for frames whose
-    mean is large against their deviation.
+    The projection of centred frames has a mean of 0. Float32 is then accurate for
+    frames whose mean is large compared with their deviation.
     """
     dtype = norm.statistics_dtype
     mean, centred, count = stats.centre(
         ops.cast(frames, dtype), valid, (0, 1), norm.reduce_sum
     )
-    # Not a matrix product: those of a GPU round float32 to 11 bits.
+    # Not a matrix product: matrix products on a GPU round float32 to 11 bits.
     mean = ops.reshape(mean, (-1, 1)) * ops.cast(kernel, dtype)
     mean = ops.sum(mean, axis=0, keepdims=True)
     return ops.cast(centred, kernel.dtype), mean, ops.reshape(count, (1, 1))
@@ -75,7 +78,7 @@ def _bias(norm, kernel):
 
 
 def _folded_kernel(norm, centred, kernel, mean, count):
-    """The kernel, scaled by gamma over the standard deviation of its projection."""
+    """Scales the kernel by gamma over the standard deviation of its projection."""
     dtype = norm.statistics_dtype
     w = ops.cast(kernel, dtype)
     x = _flat(ops.cast(centred, dtype))
@@ -93,12 +96,12 @@ def _folded_kernel(norm, centred, kernel, mean, count):
 
 
 def _flat(frames):
-    """(T, B, D) to (T*B, D): XLA takes no other product in a condition."""
+    """Reshapes (T, B, D) to (T*B, D), the only product XLA allows in a condition."""
     return ops.reshape(frames, (-1, frames.shape[-1]))
 
 
 def _by_moments(norm, centred, kernel, count):
-    """Normalises the kernel, and by it the projection: `_by_projection`, faster."""
+    """Normalises the kernel before the projection: faster than `_by_projection`."""
     dtype = norm.statistics_dtype
     w = ops.cast(kernel, dtype)
     variance, cancels = variance_by_covariance(ops.cast(centred, dtype), w, count)
@@ -113,14 +116,14 @@ def _by_moments(norm, centred, kernel, count):
 
 
 def _by_projection(norm, centred, kernel, count):
-    """The normalised projection (T*B, F) less its beta, and its variance (1, F)."""
+    """Returns the normalised projection (T*B, F) without beta, and its variance."""
     projected = ops.matmul(centred, kernel)
     variance = _mean_square(norm, projected, count)
     return projected * ops.cast(_scale(norm, variance), kernel.dtype), variance
 
 
 def _mean_square(norm, projected, count):
-    """(1, F): the variance of a centred projection (N, F)."""
+    """Returns the variance (1, F) of a centred projection (N, F)."""
     squares = ops.square(ops.cast(projected, norm.statistics_dtype))
     total = norm.reduce_sum(ops.sum(squares, axis=0, keepdims=True))
     return total / ops.maximum(count, 1.0)
@@ -133,22 +136,22 @@ LARGEST_CANCELLATION = 1000.0
 
 
 def variance_by_covariance(x, w, count):
-    """The variance of `x . w`, without the projection, and whether it is lost.
+    """Computes the variance of `x . w` from the covariance of `x`.
 
-    The variance of a projection is `w' C w`, with C the covariance of `x`: products of
-    (D, D) and (D, F) instead of passes over (N, F). Its terms cancel where features are
-    collinear and weights take their difference. By Cauchy-Schwarz
-    `w' C w <= (sum_i |w_i| s_i)^2`, with s_i the standard deviation of feature i: a
-    variance that is small against this bound has lost its digits.
+    The variance of a projection is `w' C w`, with C the covariance of `x`. This uses
+    (D, D) and (D, F) products instead of passes over (N, F). The terms of `w' C w`
+    cancel if features are collinear and the weights take their difference. By
+    Cauchy-Schwarz `w' C w <= (sum_i |w_i| s_i)^2`, with s_i the standard deviation of
+    feature i. A variance that is small compared with this bound is inaccurate.
 
     Args:
-        x: Tensor of shape (N, D), centred, 0 in frames that are not valid.
+        x: Tensor of shape (N, D), centred, 0 in invalid frames.
         w: Tensor of shape (D, F).
         count: Tensor of shape (1, 1), the number of valid frames.
 
     Returns:
         `(variance, cancels)`: a tensor of shape (1, F) and a boolean scalar, true if
-        the variance of any column is lost.
+        the variance of any column is inaccurate.
     """
     covariance = squared(x) / ops.maximum(count, 1.0)
     variance = quadratic_forms(covariance, w)
@@ -169,13 +172,13 @@ def _by_frame(norm, frames, kernel, valid):
 
 
 def _scale(norm, variance):
-    """(1, F): what a centred projection is multiplied by."""
+    """Returns the factor (1, F) that normalises a centred projection."""
     gamma, _ = norm.affine()
     return stats.scale_and_shift(0.0, variance, gamma, None, norm.epsilon)[0]
 
 
 def squared(x):
-    """`x' x`, of shape (D, D), for `x` of shape (N, D)."""
+    """Computes `x' x`, of shape (D, D), for `x` of shape (N, D)."""
 
     def plain(x):
         return [ops.matmul(ops.transpose(x), x)]
@@ -188,7 +191,7 @@ def squared(x):
 
 
 def quadratic_forms(matrix, vectors):
-    """`v' A v` of a symmetric `A` and each column of `vectors`.
+    """Computes `v' A v` for a symmetric `A` and each column `v` of `vectors`.
 
     Args:
         matrix: Tensor of shape (D, D), symmetric.
@@ -213,16 +216,16 @@ def quadratic_forms(matrix, vectors):
 
 
 def moments_are_cheaper(shape, features):
-    """Whether the moments of the frames cost less than those of their projection.
+    """Returns whether moments of the frames cost less than those of the projection.
 
-    The covariance and its product with the kernel are `D^2 (N + F)` multiplications
-    for N frames. The projection's own moments, its scaling and their gradients pass
-    some eight times over N * F numbers. On CPUs, one number passed over once costs as
-    much as some 20 multiplications of a matrix product. Wide inputs and small batches
-    therefore keep to the projection.
+    The covariance and its product with the kernel take `D^2 (N + F)` multiplications
+    for N frames. The projection's own moments, its scaling and their gradients take
+    about eight passes over N * F numbers. On CPUs, one pass over a number costs as much
+    as about 20 multiplications of a matrix product. Wide inputs and small batches
+    therefore use the projection.
 
     Args:
-        shape: (T, B, D) of the frames, `None` where not known: N is then taken as
+        shape: (T, B, D), the shape of the frames. If T or B is `None`, N is taken as
             1000, a small batch.
         features: F.
     """

@@ -1,4 +1,4 @@
-"""`SequenceBatchNorm`: batch normalisation of sequences, padding left out."""
+"""Defines `SequenceBatchNorm`: batch normalisation of sequences without padding."""
 
 import numbers
 import warnings
@@ -14,7 +14,7 @@ from keras_bnrnn.population import Population
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
 class SequenceBatchNorm(keras.layers.Layer):
-    """Batch normalisation of sequences, over their valid frames only.
+    """Normalises sequences by the statistics of their valid frames.
 
     For each feature k
 
@@ -22,26 +22,26 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     In training, E and Var are taken over every valid frame of the batch
     (`statistics="sequence"`), or over the rows at each timestep t alone
-    (`statistics="frame"`), where t counts the valid frames of a sequence from 0. At
-    inference, and in a frozen layer (`trainable=False`), they are the population
-    statistics `moving_mean` and `moving_variance`, and no variable changes.
+    (`statistics="frame"`). The timestep t counts the valid frames of a sequence from 0.
+    At inference, and in a frozen layer (`trainable=False`), E and Var are the
+    population statistics `moving_mean` and `moving_variance`, and no variable changes.
 
     The population statistics are moving averages. The k-th training step weighs its
-    batch by `max(1 - momentum, 1 / k)`, so the first step copies the batch and nothing
-    of the initial 0 and 1 remains. Three kinds of batches change nothing: a batch
-    without a valid frame, a batch whose mean or variance is not finite, and under
-    `"frame"` a batch with a single valid row at each timestep. The layer warns once of
-    the last two kinds (not under XLA), and `nonfinite_batches` counts the second.
-    `keras_bnrnn.recalibrate` replaces the moving averages by the exact statistics of a
-    data set.
+    batch by `max(1 - momentum, 1 / k)`. The first step therefore copies the statistics
+    of its batch, and the initial values 0 and 1 have no effect. Three kinds of batches
+    do not change the population statistics: a batch without a valid frame, a batch
+    whose mean or variance is not finite, and with `"frame"` a batch with a single valid
+    row at each timestep. The layer warns once of each of the last two kinds, but not
+    under XLA. `nonfinite_batches` counts the second kind. `keras_bnrnn.recalibrate`
+    replaces the moving averages by the exact statistics of a data set.
 
     Sequence-wise statistics include later timesteps of the training batch. Use
     `"frame"` in a model that predicts the next frame.
 
     Args:
         statistics: `"sequence"` (default) or `"frame"`, see above.
-        population: `"pooled"` (default): one mean and variance of all valid
-            frames, whatever their timestep. (`"timestep"` is not available yet.)
+        population: `"pooled"` (default): one mean and variance of the valid frames
+            of all timesteps. (`"timestep"` is not available yet.)
         max_timesteps: Only for `population="timestep"`. Default: `None`.
         momentum: Float in [0, 1), the weight of the past in the moving averages.
             Default: 0.99.
@@ -52,25 +52,28 @@ class SequenceBatchNorm(keras.layers.Layer):
             a `tf.distribute` strategy. Default: `False`.
         gamma_initializer: Initializer of `gamma`. Default: `"ones"`.
         beta_initializer: Initializer of `beta`. Default: `"zeros"`.
-        gamma_regularizer, beta_regularizer: Regularizers. Default: `None`.
-        gamma_constraint, beta_constraint: Constraints. Default: `None`.
-        **kwargs: `name`, `dtype`, `trainable` of `keras.layers.Layer`.
-            Statistics are float32 whatever the compute dtype (float64 in a
-            float64 layer).
+        gamma_regularizer: Regularizer of `gamma`. Default: `None`.
+        beta_regularizer: Regularizer of `beta`. Default: `None`.
+        gamma_constraint: Constraint of `gamma`. Default: `None`.
+        beta_constraint: Constraint of `beta`. Default: `None`.
+        **kwargs: `name`, `dtype`, `trainable` of `keras.layers.Layer`. Statistics are
+            float64 in a float64 layer, and float32 with all other dtypes.
 
     Call arguments:
         inputs: Tensor of shape (B, T, ..., F).
         mask: Boolean tensor of shape (B, T), or (B, T, ...) without the features,
-            true where a frame is valid; any pattern. `None`: all are.
-        training: Whether to use, and learn from, the batch's statistics.
+            true at valid frames, any pattern. Default: `None`, all frames are valid.
+        training: Whether to normalise by batch statistics and to update the population
+            statistics. `None` (default) takes the value of the calling layer or model.
 
     Returns:
         A tensor of the shape of `inputs`. In training, masked positions are finite but
         unspecified.
 
     Raises:
-        ValueError: For an argument out of range, inputs of rank below 3, a mask
-            of another shape, frame-wise training with a static batch of 1.
+        ValueError: If an argument is out of range, if the rank of the inputs is below
+            3, if the mask has another shape, or in frame-wise training with a single
+            value at each timestep.
 
     Example:
 
@@ -206,7 +209,7 @@ class SequenceBatchNorm(keras.layers.Layer):
             self.moving_mean,
             self.moving_variance,
             self.update_count,
-            # Not a weight of the layer: it is neither saved nor counted.
+            # Not a weight of the layer: Keras neither saves nor counts it.
             keras.Variable(
                 initializer="zeros",
                 shape=(),
@@ -221,10 +224,10 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     @property
     def nonfinite_batches(self):
-        """Int: training batches that were left out of the population statistics
-        because their mean or variance was not finite.
+        """Number of training batches with a mean or variance that is not finite.
 
-        It counts from the layer's creation and is not saved.
+        These batches are left out of the population statistics. The count starts at 0
+        when the layer is created, and is not saved.
         """
         if self._population is None:
             return 0
@@ -232,7 +235,7 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     @property
     def statistics_dtype(self):
-        """Float32, or float64 in a float64 layer, whatever the compute dtype."""
+        """The dtype of the statistics: float32, or float64 in a float64 layer."""
         return "float64" if self.variable_dtype == "float64" else "float32"
 
     def call(self, inputs, mask=None, training=None):
@@ -243,8 +246,8 @@ class SequenceBatchNorm(keras.layers.Layer):
         else:
             y = self._normalize_by_population(x)
             if valid is not None:
-                # Padding is normalised too, as in the stock layer, but NaN there must
-                # not reach gradients.
+                # Padding is normalised too, as in the stock layer, but NaN in padding
+                # must not reach gradients.
                 clean = self._normalize_by_population(ops.where(valid, x, 0.0))
                 y = ops.where(valid, clean, ops.stop_gradient(y))
         return ops.cast(y, self.compute_dtype)
@@ -257,7 +260,7 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.require_group_size(x.shape, axes)
         if valid is None:
             return self._normalize_and_learn(x, valid, axes)
-        # A timestep is one of a sequence's own valid frames: move them together.
+        # Timesteps count the valid frames of each sequence: move these to the front.
         inner = list(range(2, len(valid.shape)))
         frames = Frames(ops.any(valid, axis=inner), time_major=False)
         is_valid = ops.cast(frames.arrange(ops.cast(valid, x.dtype)), "bool")
@@ -276,20 +279,20 @@ class SequenceBatchNorm(keras.layers.Layer):
         return stats.normalize(x, mean, variance, *self.affine(), self.epsilon)
 
     def uses_batch_statistics(self, training):
-        """Whether a call with this `training` normalises by the batch's moments."""
+        """Returns whether a call normalises by the moments of the batch."""
         return bool(training) and self.trainable
 
     def batch_moments(self, x, valid, axes):
-        """`statistics.masked_moments`, over all replicas if synchronized."""
+        """Computes `statistics.masked_moments`, over all replicas if synchronized."""
         return stats.masked_moments(x, valid, axes, self.reduce_sum)
 
     @property
     def reduce_sum(self):
-        """The function that adds up the batch's sums: over replicas if synchronized."""
+        """The function that sums batch sums over replicas, if synchronized."""
         return backend.sum_over_replicas if self.synchronized else stats.identity
 
     def scale_and_shift(self):
-        """The affine map that inference applies: two tensors of shape (F,)."""
+        """Returns the scale and shift of inference: two tensors of shape (F,)."""
         return stats.scale_and_shift(
             *self._population.row(), *self.affine(), self.epsilon
         )
@@ -297,7 +300,7 @@ class SequenceBatchNorm(keras.layers.Layer):
     def update_statistics(
         self, means, variances, counts, frame_wise=False, across_steps=False
     ):
-        """Moves the population statistics towards a batch's: `Population.update`."""
+        """Updates the population statistics by batch moments: `Population.update`."""
         self._population.update(
             means, variances, counts, frame_wise, across_steps, self.path
         )
@@ -312,12 +315,12 @@ class SequenceBatchNorm(keras.layers.Layer):
         self._population.set(mean, variance)
 
     def require_group_size(self, shape, axes, cause="`statistics='frame'`"):
-        """Refuses to train on the statistics of what is always a single value.
+        """Raises an error if training statistics would be those of a single value.
 
         Args:
             shape: The shape of the inputs.
             axes: The axes over which moments are taken.
-            cause: Why they are taken over no more than that.
+            cause: Text for the message, the argument that makes statistics frame-wise.
         """
         size = 1
         for axis in axes:
@@ -325,13 +328,13 @@ class SequenceBatchNorm(keras.layers.Layer):
         if size == 1 and not self.synchronized:
             raise ValueError(
                 f"With {cause} training statistics are frame-wise, over the rows of "
-                "the batch at each timestep: it must have more than one. "
+                "the batch at each timestep: the batch must have more than one row. "
                 f"Received: statistics={self.statistics!r} with inputs of "
                 f"shape {tuple(shape)}"
             )
 
     def affine(self):
-        """`gamma` and `beta` in the dtype of the statistics, `None` where not used."""
+        """Returns `gamma` and `beta` in the statistics' dtype, `None` if not used."""
         gamma, beta = self.gamma, self.beta
         if gamma is not None:
             gamma = ops.cast(gamma, self.statistics_dtype)
@@ -340,7 +343,7 @@ class SequenceBatchNorm(keras.layers.Layer):
         return gamma, beta
 
     def _valid_frames(self, mask, inputs):
-        """The mask as booleans that broadcast to `inputs`."""
+        """Returns the mask as booleans that broadcast to `inputs`."""
         check_mask(mask, inputs.shape, may_be_full=True)
         mask = ops.cast(mask, "bool")
         for _ in range(len(inputs.shape) - len(mask.shape)):
@@ -388,7 +391,7 @@ def warn_of_nonfinite_batches(norms):
 
 
 def is_number(value):
-    """Whether it is a real number, NumPy's included, and not a boolean."""
+    """Returns whether a value is a real number, also of NumPy, and not a boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -398,13 +401,13 @@ def check_flag(name, value):
 
 
 def check_mask(mask, shape, may_be_full=False):
-    """Refuses a mask that is not (batch, timesteps) of inputs of this shape.
+    """Raises an error if the shape of a mask does not match that of the inputs.
 
     Args:
         mask: Tensor or array.
         shape: Shape of the inputs, (B, T, ..., F).
-        may_be_full: Whether a mask of shape (B, T, ...), all axes but the features,
-            is right, too: `keras.layers.Masking` makes such.
+        may_be_full: Whether the mask may also have the shape (B, T, ...) of the inputs
+            without the features, as from `keras.layers.Masking`. Default: `False`.
     """
     received = tuple(mask.shape)
     expected = {"(batch, timesteps)": tuple(shape[:2])}

@@ -1,4 +1,4 @@
-"""Masked moments and what is made of them: pure functions on tensors, no state.
+"""Computes masked moments and normalises by them: pure functions on tensors.
 
 B batch, T timesteps, F features. A frame is one (row, timestep) of a batch; it is
 valid where the mask is true. Variances are the biased ones, as in Keras.
@@ -8,29 +8,29 @@ from keras import ops
 
 
 def identity(total):
-    """The `reduce_sum` of a single replica."""
+    """Returns `total` unchanged: the `reduce_sum` of a single replica."""
     return total
 
 
 def centre(x, valid=None, axes=(0,), reduce_sum=identity):
-    """Mean of the valid elements of `x` along `axes`, and what they differ from it.
+    """Centres the valid elements of `x` along `axes`, and returns their mean.
 
-    The mean is refined by what the first pass left over, so that float32 holds for
-    a mean far from zero. Differentiable in `x`; invalid elements, NaN included, have
-    no effect and a gradient of exactly 0.
+    The mean takes two passes. The second pass adds the mean of the centred values, so
+    float32 is accurate for a mean far from zero. The function is differentiable in `x`.
+    Invalid elements, NaN included, have no effect and a gradient of exactly 0.
 
     Args:
         x: Float tensor of shape (..., F).
         valid: Boolean tensor broadcastable to `x`, true where an element
-            counts. `None`: all do.
-        axes: Tuple of ints, the axes over which the mean is taken.
-        reduce_sum: Function that adds a tensor up over replicas. Default: there is
-            one.
+            counts. `None` (default): all elements count.
+        axes: Tuple of ints, the axes over which the mean is taken. Default: (0,).
+        reduce_sum: Function that sums a tensor over replicas. Default: `identity`,
+            for a single replica.
 
     Returns:
         `(mean, centred, count)`: mean and count with the axes kept as size 1, `count`
         with size 1 in its last axis too where `valid` has; `centred` of the shape of
-        `x`, 0 where not valid. Where nothing is valid, the mean is 0.
+        `x`, 0 where not valid. If no element is valid, the mean is 0.
     """
 
     def total(values):
@@ -52,14 +52,14 @@ def centre(x, valid=None, axes=(0,), reduce_sum=identity):
 
 
 def masked_moments(x, valid=None, axes=(0,), reduce_sum=identity):
-    """Mean, variance and count of the valid elements of `x` along `axes`.
+    """Computes mean, variance and count of the valid elements of `x` along `axes`.
 
-    The variance is taken from centred values. Arguments, gradients and precision
+    The variance is computed from centred values. The arguments, gradients and precision
     are those of `centre`.
 
     Returns:
         `(mean, variance, count)`, with the axes kept as size 1. `count` has size
-        1 in its last axis too where `valid` has. Where nothing is valid, mean and
+        1 in its last axis too where `valid` has. If no element is valid, mean and
         variance are 0.
     """
     mean, centred, count = centre(x, valid, axes, reduce_sum)
@@ -68,15 +68,15 @@ def masked_moments(x, valid=None, axes=(0,), reduce_sum=identity):
 
 
 def pool(means, variances, counts, reduce_sum=identity):
-    """Moments of the union of groups, from the moments of each group.
+    """Computes the moments of a union of groups from the moments of each group.
 
-    The mean of the variances plus the variance of the means, both weighted by
-    the counts: what one pass over all the elements together would give.
+    The pooled variance is the mean of the variances plus the variance of the means,
+    both weighted by the counts. It equals the variance of all the elements together.
 
     Args:
         means, variances: Tensors of shape (N, F), a row for each group.
-        counts: Tensor of shape (N, 1), the elements in each. Groups of 0
-            elements have no effect.
+        counts: Tensor of shape (N, 1), the number of elements of each group. Groups
+            of 0 elements have no effect.
         reduce_sum: As in `masked_moments`.
 
     Returns:
@@ -89,14 +89,14 @@ def pool(means, variances, counts, reduce_sum=identity):
     count = total(counts)
     share = counts / ops.maximum(count, 1.0)
     mean = total(share * means)
-    # What rounding left of it, where the means are far from zero.
+    # Adds the rounding error of the mean, which matters for means far from zero.
     mean = mean + total(share * (means - mean))
     variance = total(share * (variances + ops.square(means - mean)))
     return mean, variance, count
 
 
 def scale_and_shift(mean, variance, gamma, beta, epsilon):
-    """The affine map that normalisation with given moments is.
+    """Returns the scale and shift that normalise by given moments.
 
     `gamma * (a - mean) / sqrt(variance + epsilon) + beta = scale * a + shift`.
 
@@ -118,10 +118,10 @@ def scale_and_shift(mean, variance, gamma, beta, epsilon):
 
 
 def normalize(x, mean, variance, gamma, beta, epsilon):
-    """`gamma * (x - mean) / sqrt(variance + epsilon) + beta`.
+    """Normalises `x`: `gamma * (x - mean) / sqrt(variance + epsilon) + beta`.
 
-    Centres before it scales, which `scale_and_shift` cannot: a mean that is
-    large against the standard deviation costs no precision here.
+    This function centres before it scales, unlike `scale_and_shift`. It keeps its
+    precision if the mean is large compared with the standard deviation.
     """
     scale, _ = scale_and_shift(mean, variance, gamma, None, epsilon)
     normalized = (x - mean) * scale

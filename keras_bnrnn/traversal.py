@@ -1,13 +1,13 @@
-"""Walks the layers that a model is made of."""
+"""Finds and copies the layers of a model."""
 
 import keras
 
 
 def sublayers(layer):
-    """Every layer inside `layer`, itself first, each once, in order of creation.
+    """Lists `layer` and every layer inside it, each once, `layer` first.
 
-    Looks through models, wrappers, cells and whatever else keeps layers in its
-    attributes or in lists, tuples and dicts there.
+    Searches the attributes of each layer, and lists, tuples, sets and dicts in them.
+    Models, wrappers and cells keep their layers there.
     """
     found, queue = {}, [layer]
     while queue:
@@ -31,12 +31,12 @@ def _layers_in(value):
 
 
 def copy_of(layer):
-    """A new layer of the same configuration; operations are returned as they are."""
+    """Copies a layer by its configuration; returns an operation as it is."""
     if not isinstance(layer, keras.layers.Layer):
         return layer  # an operation such as `keras.ops.add`: it has no state
     if isinstance(layer, keras.layers.Lambda):
-        # Its code comes from this process, not from a file of unknown origin; and the
-        # function itself, for what it finds in its module.
+        # Deserializing is safe: the code comes from this process, not from a file. The
+        # copy uses the function itself, which can read the globals of its module.
         clone = type(layer).from_config(layer.get_config(), safe_mode=False)
         clone.function = layer.function
         return clone
@@ -44,11 +44,11 @@ def copy_of(layer):
 
 
 def clone_graph(model, clone_function, input_tensors=None, copies=None):
-    """`keras.models.clone_model`, whatever the model is compiled with.
+    """Clones a model as `keras.models.clone_model`, but does not compile the clone.
 
-    Keras would compile the copy by configurations, and fails where a loss or metric is
-    a function that is not registered with it. It is given a view of the model that is
-    not compiled; the model itself is not touched.
+    Keras would compile the clone from configurations, and fails if a loss or metric is
+    a function that is not registered with Keras. This function passes Keras a view of
+    the model that is not compiled. The model itself is not changed.
 
     Args:
         model: A Sequential or Functional model.
@@ -79,7 +79,7 @@ def clone_graph(model, clone_function, input_tensors=None, copies=None):
 
 
 def numbered(names):
-    """The names, with `_1`, `_2`, ... after those that came before."""
+    """Makes names unique: appends `_1`, `_2`, ... to repeated names."""
     unique = []
     for name in names:
         candidate, number = name, 0
@@ -91,16 +91,16 @@ def numbered(names):
 
 
 def has_graph(model):
-    """Whether a model is Sequential or Functional, not subclassed."""
+    """Returns whether a model is Sequential or Functional, not subclassed."""
     return isinstance(model, keras.Sequential) or hasattr(model, "inputs")
 
 
 def require_built_graph(model, purpose):
-    """Refuses what is not a built Sequential or Functional model.
+    """Raises an error unless `model` is a built Sequential or Functional model.
 
     Args:
-        model: What a user passed as `model`.
-        purpose: What it is needed for, as in "`fold`".
+        model: The argument `model` of a public function.
+        purpose: The name of the function in messages, such as "`fold`".
     """
     if not isinstance(model, keras.Model):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The functions that differ by Keras backend, from the module of the backend in use."""
+"""Selects the functions that depend on the Keras backend in use."""
 
 import keras
 

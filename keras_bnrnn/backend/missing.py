@@ -1,7 +1,8 @@
-"""What `keras_bnrnn` does on a Keras backend that it has no time loop for.
+"""Implements the backend functions for Keras backends without a time loop.
 
-`SequenceBatchNorm` and the pure functions work: a distributed batch is one tensor
-there, and the backend differentiates.
+`SequenceBatchNorm` and the functions on tensors work on these backends: a distributed
+batch is one tensor, and the backend differentiates. The recurrent layers raise
+`NotImplementedError`.
 """
 
 import keras

@@ -1,4 +1,4 @@
-"""The TensorFlow backend."""
+"""Implements the backend functions for TensorFlow."""
 
 import keras
 import tensorflow as tf
@@ -20,21 +20,23 @@ def scan(
     differentiable=False,
     ahead=False,
 ):
-    """Runs `body(carry, elements)`, which returns the next carry and what to stack.
+    """Runs a loop over timesteps.
 
     Args:
-        body: See above; `carry`, `elements` and the results are lists of tensors.
-            `elements` are those of the timestep.
-        carry: The first carry.
+        body: Function `body(carry, elements)` of two lists of tensors. `elements` holds
+            the timestep of each sequence. It returns the next carry and the list of the
+            tensors to stack.
+        carry: List of tensors, the first carry.
         sequences: Tensors of shape (T, ...), read one timestep at a time.
         specs: Shape and dtype of each tensor to stack.
         length: T, an int or a tensor.
-        unroll: Whether to write the loop out; T must be an int.
-        reverse: Whether t runs from T - 1 to 0.
+        unroll: Whether to unroll the loop. T must then be an int. Default: `False`.
+        reverse: Whether t runs from T - 1 to 0. Default: `False`.
         differentiable: Whether the backend can differentiate the loop. Otherwise
-            timesteps are read as slices. That costs least, but the gradient of a slice
-            is a whole sequence, in each timestep.
-        ahead: Whether to read each timestep one turn ahead. Not with `unroll`.
+            timesteps are read as slices. Slices cost least, but the gradient of each
+            slice has the size of the whole sequence. Default: `False`.
+        ahead: Whether to read each timestep one turn ahead. It has no effect with
+            `unroll`. Default: `False`.
 
     Returns:
         The last carry, and the list of stacked tensors (T, ...) in the order of t.
@@ -81,7 +83,7 @@ def scan(
 
 
 def _reader(sequence, length, differentiable):
-    """A function of t that reads a timestep."""
+    """Returns a function that reads the timestep t of a sequence."""
     if not differentiable:
         return lambda t: sequence[t]
     array = tf.TensorArray(
@@ -91,28 +93,30 @@ def _reader(sequence, length, differentiable):
 
 
 def times_transposed(x, matrix):
-    """`x . matrix'`, without a transposed copy of the matrix."""
+    """Computes `x . matrix'` without a transposed copy of the matrix."""
     return tf.matmul(x, matrix, transpose_b=True)
 
 
 def transposed_times(x, y):
-    """`x' . y`, without a transposed copy of x."""
+    """Computes `x' . y` without a transposed copy of x."""
     return tf.matmul(x, y, transpose_a=True)
 
 
 def custom_gradient(plain, forward, backward):
-    """A function with a given gradient, whose own derivatives come from `plain`.
+    """Returns a function with a custom gradient that can be differentiated again.
 
-    A closed-form gradient uses values that the forward pass kept. The backend takes
-    them for constants, so differentiating the gradient would be silently wrong. Here
-    second derivatives differentiate `plain`, which computes the same outputs from the
-    arguments alone. Jacobians go through the gradient.
+    A custom gradient uses values that the forward pass kept. The backend treats them as
+    constants, so differentiating the gradient would be silently wrong. Second
+    derivatives therefore differentiate `plain`, which computes the same outputs from
+    the arguments alone. Jacobians use the custom gradient.
 
     Args:
-        plain: Function of tensors to a list of tensors, differentiable by the backend.
-        forward: The same function, to `(outputs, kept)`; `kept` is a list of tensors.
-        backward: Function `(arguments, kept, upstream)` of three lists to the list of
-            the gradients of the arguments.
+        plain: Function of tensors that returns a list of tensors. The backend can
+            differentiate it.
+        forward: The same function, but it returns `(outputs, kept)`. `kept` is a list
+            of tensors.
+        backward: Function `(arguments, kept, upstream)` of three lists that returns the
+            list of the gradients of the arguments.
 
     Returns:
         Function of tensors to a list of tensors.
@@ -146,8 +150,8 @@ def custom_gradient(plain, forward, backward):
                     output_gradients=list(directions),
                     unconnected_gradients="zero",
                 )
-                # The kept values depend on the arguments, whose gradients include
-                # theirs. `None`, not zeros: zeros would go back through the loop.
+                # The gradients of the arguments already include those of the kept
+                # values. Zeros instead of `None` would run the backward loop once more.
                 return [*result[:n], *[None] * m, *result[n:]]
 
             return gradients, second
@@ -168,7 +172,7 @@ def custom_gradient(plain, forward, backward):
 
 
 def value_and_slope(function, x):
-    """An elementwise function and its derivative at `x`, a tensor of any shape."""
+    """Returns an elementwise function and its derivative at a tensor `x`."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = function(x)
@@ -176,14 +180,14 @@ def value_and_slope(function, x):
 
 
 def replica_count():
-    """Replicas of the current `tf.distribute` strategy; 1 if there is none."""
+    """Returns the number of replicas of the current `tf.distribute` strategy, or 1."""
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def sum_over_replicas(x):
-    """The sum of `x` over the replicas of the current `tf.distribute` strategy.
+    """Sums `x` over the replicas of the current `tf.distribute` strategy.
 
-    Differentiable. Without a strategy, and with one replica, `x` itself.
+    The sum is differentiable. Without a strategy, or with one replica, it is `x`.
     """
     if replica_count() > 1 and not tf.distribute.in_cross_replica_context():
         context = tf.distribute.get_replica_context()
@@ -192,12 +196,16 @@ def sum_over_replicas(x):
 
 
 def compiled(function, example, open_axes):
-    """A compiled function of batches, traced for as many of them as possible.
+    """Compiles a function of batches, with one trace for as many shapes as possible.
 
     Args:
         function: Function of a nested structure of tensors.
-        example: A structure as it will be given.
-        open_axes: Function of a rank to the set of axes whose sizes differ by batch.
+        example: A structure of the kind that the function will be called with.
+        open_axes: Function that returns, for the rank of a tensor, the set of its axes
+            whose sizes differ between batches.
+
+    Returns:
+        The compiled function.
     """
 
     def spec(value):
@@ -213,9 +221,10 @@ def compiled(function, example, open_axes):
 
 
 def compiled_by_xla():
-    """Whether XLA compiles the function that is being traced.
+    """Returns whether XLA compiles the function that is being traced.
 
-    `tf.__internal__` is no stable API: a test fails if this function of it changes.
+    `tf.__internal__` is not a stable API. A test fails if the function used here
+    changes.
     """
     return tf.__internal__.get_enclosing_xla_context() is not None
 
@@ -223,13 +232,13 @@ def compiled_by_xla():
 def call_if(condition, function):
     """Calls `function()` in Python if a boolean scalar is true.
 
-    An eager call tests the condition at once. In a graph, an operation tests it in each
-    run. Under XLA, which cannot call Python, this does nothing. A `tf.function` that
-    was traced outside XLA must not be called from one that XLA compiles.
+    An eager call tests the condition at once. In a graph, an operation tests the
+    condition in each run. XLA cannot call Python, so under XLA this does nothing. A
+    `tf.function` traced outside XLA must not be called from one that XLA compiles.
 
     Args:
         condition: Boolean scalar tensor.
-        function: Function without arguments and result.
+        function: Function without arguments that returns nothing.
     """
     if tf.executing_eagerly():
         if bool(condition):
@@ -244,25 +253,25 @@ def call_if(condition, function):
 
 
 def require_positive(value, message):
-    """Raises an error as the graph runs if a size is not positive (not under XLA)."""
+    """Raises an error if a size is not positive, when the graph runs. Not under XLA."""
     tf.debugging.assert_positive(value, message)
 
 
 def graph_of(tensor):
-    """The graph that a tensor belongs to; `None` for an eager one."""
+    """Returns the graph that a tensor belongs to, or `None` for an eager tensor."""
     return getattr(tensor, "graph", None)
 
 
 def has_fused_kernels():
-    """Whether the backend computes on a GPU, which has cuDNN's kernels."""
+    """Returns whether there is a GPU, and with it cuDNN's kernels."""
     return bool(tf.config.list_logical_devices("GPU"))
 
 
 class FusedKernel:
-    """Runs a recurrence by cuDNN: through the stock Keras layer of its equations.
+    """Runs a recurrence by cuDNN, through the stock Keras layer of its equations.
 
-    A plain object: Keras does not find the stock layer in it, and never trains, saves
-    or counts its weights.
+    This is a plain object: Keras does not find the stock layer in it, and does not
+    train, save or count the weights of the stock layer.
 
     Args:
         kind: `"lstm"` or `"gru"`.
@@ -289,16 +298,18 @@ class FusedKernel:
             self.stock.build(input_shape)
 
     def __call__(self, sequences, states, weights, lengths=None):
-        """
+        """Runs the recurrence.
+
         Args:
             sequences: Tensor of shape (B, T, D).
             states: List of tensors of shape (B, U).
-            weights: The weights of the stock layer, in its order and shapes.
-            lengths: int32 tensor (B,), each at least 1; `None` for T.
+            weights: List of the weights of the stock layer, in its order and shapes.
+            lengths: int32 tensor (B,), the lengths of the rows, each at least 1. `None`
+                (default): all rows have T frames.
 
         Returns:
-            Outputs (B, T, U) and the list of the states after each row's length.
-            Outputs past it are finite but unspecified.
+            Outputs (B, T, U) and the list of the states (B, U) at the end of each row.
+            Outputs past the end of a row are finite but unspecified.
         """
         mask = None
         if lengths is not None:

@@ -1,4 +1,4 @@
-"""What is known of Keras' activation functions."""
+"""Lists the properties of Keras' activation functions."""
 
 import keras
 
@@ -42,10 +42,10 @@ ELEMENTWISE = (
 
 
 def elementwise(*activations):
-    """Whether each is known to map an element to an element, unlike softmax."""
+    """Returns whether all are known to act on each element alone, unlike softmax."""
     return all(any(a is known for known in ELEMENTWISE) for a in activations)
 
 
 def bounded(*activations):
-    """Whether each is known to have values in [-1, 1]."""
+    """Returns whether all are known to have values in [-1, 1]."""
     return all(any(a is known for known in BOUNDED) for a in activations)

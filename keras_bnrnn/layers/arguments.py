@@ -1,4 +1,4 @@
-"""The normalisation arguments of all cells and layers: told once."""
+"""Defines the normalisation arguments of all cells and layers."""
 
 import inspect
 import numbers
@@ -10,7 +10,7 @@ from keras_bnrnn.sequence_batch_norm import check_flag, is_number
 
 
 class NormalizationArguments(typing.TypedDict, total=False):
-    """The arguments of normalisation, and those of every Keras layer.
+    """The arguments of normalisation and of every Keras layer.
 
     A public class takes them as `**normalization: Unpack[NormalizationArguments]`.
     """
@@ -41,27 +41,29 @@ DEFAULTS = {
 
 DOCS = """normalize: Where to normalise. `"input"` (default):
             `BN(W x_t) + U h`, the method of the paper. `"joint"`:
-            `BN(W x_t + U h)`, its negative result; that sum exists one timestep
+            `BN(W x_t + U h)`, its negative result. The sum exists one timestep
             at a time, so its statistics are frame-wise whatever `statistics` is.
             (`"recurrent"` is not available yet.)
         statistics: The frames over which a training step takes mean and variance:
             `"sequence"` (default), all valid frames of the batch together, or
             `"frame"`, each timestep alone. Sequence-wise statistics include later
-            frames of the training batch: use `"frame"` to predict the next one.
+            frames of the training batch. Use `"frame"` to predict the next frame.
         population: `"pooled"` (default), see `SequenceBatchNorm`.
         max_timesteps: See `SequenceBatchNorm`. Default: `None`.
         momentum: Float in [0, 1), weight of the past in the population
             statistics. Default: 0.99.
         epsilon: Float > 0, added to the variance. Default: 1e-3.
         gamma_initializer: Initializer of `gamma`. Default: `"ones"`.
-        synchronized: Whether batch statistics are taken over all replicas;
-            `normalize="input"` only. Default: `False`."""
+        synchronized: Whether batch statistics are taken over all replicas. It needs
+            `normalize="input"`. Default: `False`."""
 
 
 def with_normalization_arguments(cls):
-    """Fills `{normalization}` in the docstring of a class, and completes its signature.
+    """Adds the normalisation arguments to the docstring and signature of a class.
 
-    The signature of `__init__` shows each argument of normalisation with its default.
+    `DOCS` replaces `{normalization}` in the docstring.
+
+    The signature of `__init__` shows each normalisation argument with its default.
     """
     cls.__doc__ = cls.__doc__.replace("{normalization}", DOCS)
     own = inspect.signature(cls.__init__)
@@ -80,7 +82,11 @@ def with_normalization_arguments(cls):
 
 
 def given(scope):
-    """The arguments of the `__init__` whose `locals()` are given, as one dict."""
+    """Returns the arguments of an `__init__` as one dict.
+
+    Args:
+        scope: The `locals()` of the `__init__`.
+    """
     arguments = {
         name: value
         for name, value in scope.items()
@@ -90,9 +96,10 @@ def given(scope):
 
 
 def names_of(cls):
-    """The names of the arguments of a class, those that it passes on included.
+    """Lists the names of the arguments of a class.
 
-    Those of `keras.layers.Layer` are left out.
+    The arguments that it passes on to its base classes are included, except those of
+    `keras.layers.Layer`.
     """
     names = []
     for base in cls.__mro__:
@@ -132,7 +139,7 @@ def check_normalize(normalize, synchronized):
 
 
 def check_rate(name, rate):
-    """Refuses a dropout rate that the stock cell would clamp."""
+    """Raises an error for a dropout rate that the stock cell would clamp."""
     if not is_number(rate) or not 0.0 <= rate < 1.0:
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={rate!r}")
 

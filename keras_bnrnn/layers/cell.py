@@ -1,4 +1,4 @@
-"""`BNCell`: the part that all batch-normalised cells share."""
+"""Defines `BNCell`, the base of all batch-normalised cells."""
 
 import keras
 from keras import ops
@@ -18,11 +18,11 @@ from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
 
 @with_normalization_arguments
 class BNCell(TriedCell):
-    """Normalisation for a stock Keras cell: mixed in before it.
+    """Adds batch normalisation to a stock Keras cell.
 
-    A cell of a new kind is mixed into the stock cell whose arguments, states and
-    dropout it takes, declares the attributes below that apply to it, and implements
-    `step`:
+    A new kind of cell inherits from `BNCell` and from the stock cell whose arguments,
+    states and dropout it uses. It sets the attributes below that apply to it, and
+    implements `step`:
 
     >>> class Cell(BNCell, keras.layers.SimpleRNNCell):
     ...     gates = 1
@@ -32,20 +32,21 @@ class BNCell(TriedCell):
 
     Attributes:
         gates: G, the number of gates.
-        stock_cell: The Keras cell of the same equations, which `fold` puts in its
-            place. `None` (default): there is none.
+        stock_cell: The Keras cell with the same equations. `fold` replaces the cell by
+            it. `None` (default): there is no such Keras cell.
         fused: The kind of the backend's fused kernel with the same equations: `"lstm"`,
             `"gru"` or `None` (default).
         more_weights: Names of the attributes that hold weights other than kernel and
-            recurrent kernel, which `step` finds in `weights.more`. Default: none.
-        scaled_with_recurrent: Names of those of them that belong to the recurrent
-            product: folding scales their columns with those of the recurrent kernel.
+            recurrent kernel. `step` reads them from `weights.more`. Default: none.
+        scaled_with_recurrent: The names in `more_weights` that belong to the recurrent
+            product. Folding scales their columns like those of the recurrent kernel.
+            Default: none.
         reads_ahead: See `recurrence.schedule.Schedule`. Default: `False`.
 
     Args:
         units: U, a positive integer.
         {normalization}
-        **arguments: Those of the stock cell.
+        **arguments: The arguments of the stock cell.
     """
 
     gates = None
@@ -66,7 +67,7 @@ class BNCell(TriedCell):
         for name in ("dropout", "recurrent_dropout"):
             check_rate(name, arguments.get(name, 0.0))
         self.trial = TrialStep()
-        # One mask for all gates: the recurrent product stays one product.
+        # All gates share one mask, so the recurrent product stays one product.
         self.dropout_mask_count = None
         for site in self.sites(self.normalize):
             norm = SequenceBatchNorm(
@@ -82,10 +83,10 @@ class BNCell(TriedCell):
             setattr(self, NORM_OF_SITE[site], norm)
 
     def sites(self, normalize):
-        """The places where the cell normalises.
+        """Returns the places where the cell normalises.
 
         Args:
-            normalize: The argument of that name.
+            normalize: The constructor argument.
 
         Returns:
             Dict from the name of each site to its width.
@@ -102,11 +103,11 @@ class BNCell(TriedCell):
 
     @property
     def norms_in_loop(self):
-        """Those of `norms` whose pre-activations exist one timestep at a time."""
+        """The part of `norms` that normalises inside the time loop."""
         return {site: norm for site, norm in self.norms.items() if site != "input"}
 
     def beta_initializer(self):
-        """The initializer of beta, which takes the place of the bias."""
+        """Returns the initializer of beta, which replaces the bias."""
         return self.bias_initializer
 
     def build(self, input_shape):
@@ -132,17 +133,18 @@ class BNCell(TriedCell):
         self.built = True
 
     def step(self, projected, recurrent, states, weights, norm):
-        """The cell's equations: elementwise, in one timestep.
+        """Computes the cell's equations in one timestep, elementwise.
 
         Args:
-            projected: Tensor (B, G*U), the input projection, with its bias, and
-                normalised if there is an input site.
-            recurrent: Tensor (B, ...), the last output times `loop_kernel(weights)`.
+            projected: Tensor (B, G*U), the input projection with its bias. It is
+                normalised if the cell has an input site.
+            recurrent: Tensor (B, ...), the product of the last output and
+                `loop_kernel(weights)`.
             states: List of tensors (B, U).
             weights: `Weights`.
             norm: Function `norm(site, a, columns)` that normalises the pre-activation
-                `a`, which is these columns of a site. At a site that the cell does not
-                have, it returns `a`.
+                `a`. `columns` is a slice, the columns of the site that `a` consists of;
+                by default all. If the cell does not have the site, it returns `a`.
 
         Returns:
             The list of new states; the first one is the output.
@@ -150,37 +152,38 @@ class BNCell(TriedCell):
         raise NotImplementedError
 
     def loop_kernel(self, weights):
-        """The tensor (U, ...) that the time loop multiplies the output by."""
+        """Returns the tensor (U, ...) by which the time loop multiplies the output."""
         return weights.recurrent_kernel
 
     def derivative(self):
-        """`StepDerivative` of `step` without normalisation.
+        """Returns the `StepDerivative` of `step` without normalisation.
 
-        `None` (default): the backend differentiates the time loop. It does so too for a
-        subclass that overrides `step` and not this method.
+        `None` (default): the backend differentiates the time loop. The backend does so
+        too if a subclass overrides `step` but not this method.
         """
         return None
 
     def is_bounded(self):
-        """Whether the states stay finite however long the cell runs on.
+        """Returns whether the states stay finite for any number of timesteps.
 
-        Default: `False`, which costs time if there is a mask.
+        Default: `False`. The time loop then takes longer if there is a mask.
         """
         return False
 
     def has_stock_equations(self):
-        """Whether the equations are those of `fused`, with these arguments."""
+        """Returns whether the cell's arguments give the equations of `fused`."""
         return True
 
     def why_not_stock(self):
-        """The reason why these arguments have no stock cell, or `None`."""
+        """Returns why no stock cell has these arguments, or `None` if one has."""
         return None
 
     def call(self, inputs, states, training=False):
-        """One timestep, as in `keras.layers.RNN(cell)`: frame-wise statistics.
+        """Runs one timestep, as in `keras.layers.RNN(cell)`.
 
-        That layer does not pass the mask to its cell: in training, padded rows count
-        here. The layer of the cell leaves them out.
+        Training statistics are frame-wise. `keras.layers.RNN` does not pass the mask to
+        its cell, so the statistics include padding. The layer of the cell, such as
+        `BNLSTM`, leaves padding out.
         """
         nested = isinstance(states, (list, tuple))
         states = list(states) if nested else [states]
@@ -207,16 +210,16 @@ class BNCell(TriedCell):
         return states[0], states if nested else states[0]
 
     def learns(self, training):
-        """Whether a call with this `training` normalises by the batch's moments."""
+        """Returns whether a call normalises by the moments of the batch."""
         return next(iter(self.norms.values())).uses_batch_statistics(training)
 
     def learn(self, moments, norms, across_steps=False):
-        """Updates population statistics by the moments of timesteps.
+        """Updates the population statistics by the moments of timesteps.
 
         Args:
-            moments: List of mean, variance and count of each site in turn.
-            norms: Dict of the `SequenceBatchNorm` of each site.
-            across_steps: As in `SequenceBatchNorm.update_statistics`.
+            moments: List of tensors: mean, variance and count of each site in turn.
+            norms: Dict from the name of each site to its `SequenceBatchNorm`.
+            across_steps: As in `SequenceBatchNorm.update_statistics`. Default: `False`.
         """
         for i, norm in enumerate(norms.values()):
             norm.update_statistics(
@@ -224,14 +227,15 @@ class BNCell(TriedCell):
             )
 
     def own_weights(self):
-        """The weights as they are trained."""
+        """Returns the trained weights, as `Weights` in the compute dtype."""
 
         def read(variable):
-            # Read here and now: the gradient of a loop would keep a variable that is
-            # read inside it for each timestep.
+            # Read outside the loop: the gradient of a loop would store a variable that
+            # is read inside it once for each timestep.
             if variable is None:
                 return None
-            # In a wrapper of another policy a variable is read in its dtype.
+            # In a wrapper with another dtype policy, Keras reads variables in that of
+            # the wrapper.
             return ops.cast(ops.copy(variable), self.compute_dtype)
 
         return Weights(
@@ -241,11 +245,11 @@ class BNCell(TriedCell):
         )
 
     def folded_weights(self):
-        """Weights of the same recurrence without normalisation, at inference.
+        """Returns `Weights` that compute inference without normalisation.
 
-        With the population statistics, batch normalisation is affine: it scales the
-        columns of the kernel (under `"joint"` those of the recurrent kernel too), and
-        its shift is a bias.
+        With the population statistics, batch normalisation is affine. Its scale
+        multiplies the columns of the kernel, with `normalize="joint"` those of the
+        recurrent kernel too. Its shift is a bias.
         """
         scale, shift = self.input_norm.scale_and_shift()
         own = self.own_weights()
@@ -267,7 +271,7 @@ class BNCell(TriedCell):
         return folded
 
     def stock_weights(self, weights):
-        """Folded `Weights` as the list of the weights of `stock_cell`."""
+        """Returns folded `Weights` as the list of the weights of `stock_cell`."""
         bias = weights.bias
         if bias is None:
             bias = ops.zeros_like(weights.kernel[0])
@@ -291,20 +295,21 @@ class BNCell(TriedCell):
 # The attribute of a cell that holds the `SequenceBatchNorm` of a site.
 NORM_OF_SITE = {"input": "input_norm", "joint": "input_norm"}
 
-# The methods that make up a cell's or a layer's function of its inputs.
+# The methods that determine the outputs of a cell or layer.
 FUNCTION = ("step", "call", "inner_loop", "build", "own_weights", "folded_weights")
 
 
 def changed_methods(layer, declaration):
-    """The methods of its function that a class overrides below a declaration.
+    """Lists the methods of `FUNCTION` that a subclass overrides.
 
     Args:
-        layer: A cell or layer of this package, or of a subclass.
-        declaration: The name of a class attribute, such as `"stock_cell"`. The methods
-            of the class that sets it are the ones that it speaks of.
+        layer: A cell or layer of this package or of a subclass.
+        declaration: The name of a class attribute, such as `"stock_cell"`. It describes
+            the methods of the class that sets it. Overrides in subclasses of that class
+            are listed.
 
     Returns:
-        List of `"Class.method"`.
+        List of strings `"Class.method"`.
     """
     cls = type(layer)
     base = next(c for c in cls.__mro__ if declaration in vars(c))
@@ -316,9 +321,10 @@ def changed_methods(layer, declaration):
 
 
 def derivative_of(cell):
-    """The `StepDerivative` of a cell's step, or `None` if there is none.
+    """Returns the `StepDerivative` of a cell's step, or `None` if there is none.
 
-    A subclass that overrides `step` inherits a derivative of other equations.
+    A subclass that overrides `step` but not `derivative` has none: the inherited one is
+    the derivative of other equations.
     """
     classes = type(cell).__mro__
 

@@ -1,4 +1,4 @@
-"""Batch-normalised gated recurrent unit: cell and layer."""
+"""Defines the batch-normalised gated recurrent unit: cell and layer."""
 
 from typing import Unpack
 
@@ -36,14 +36,14 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         {normalization}
 
     All other arguments, the call arguments and the return values are those of
-    `keras.layers.GRUCell`. `beta` is the bias of the input projection: the first
-    row of the stock cell's bias. It takes `use_bias` and the `bias_*` arguments,
-    as `recurrent_bias`, the second row, does. `dropout` and `recurrent_dropout` must
-    be in [0, 1); all gates share one mask.
+    `keras.layers.GRUCell`. `beta` is the bias of the input projection, the first row of
+    the stock cell's bias. `recurrent_bias` is the second row. The arguments `use_bias`
+    and `bias_*` apply to both. `dropout` and `recurrent_dropout` must be in [0, 1). All
+    gates share one dropout mask.
 
-    Inside `keras.layers.RNN` a cell sees one timestep at a time: training
-    statistics are frame-wise, padding is not left out, and several replicas are
-    refused.
+    Inside `keras.layers.RNN` a cell is called on one timestep at a time. Its training
+    statistics are then frame-wise and include padding. Training on several replicas
+    raises an error.
 
     Weights: `kernel` (D, 3U), `recurrent_kernel` (U, 3U), gate order z, r, h;
     `recurrent_bias` (3U,) with `reset_after` and `use_bias`; `input_norm`, a
@@ -52,14 +52,15 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
     Call arguments:
         inputs: Tensor of shape (B, D).
         states: [(B, U)].
-        training: Whether to use, and learn from, the batch's statistics.
+        training: Whether to normalise by batch statistics and to update the population
+            statistics. Default: `False`.
 
     Returns:
         The output (B, U) and the list of new states.
 
     Raises:
-        ValueError: For an argument out of range, and in training for a static
-            batch of 1 or several replicas.
+        ValueError: If an argument is out of range, or in training with a static batch
+            size of 1 or with several replicas.
 
     Example:
 
@@ -159,8 +160,8 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
 class GRUDerivative(StepDerivative):
     """The derivative of `BNGRUCell.step` with `reset_after`.
 
-    Pre-activations (..., 4U): a_h, a_z + b_z, a_r + b_r, b_h. The candidate's two
-    parts stand at the ends, so that what the recurrent product sees is one slice.
+    Pre-activations (..., 4U): a_h, a_z + b_z, a_r + b_r, b_h. The two parts of the
+    candidate are at the ends, so the gradient of the recurrent product is one slice.
     """
 
     def __init__(self, cell):
@@ -216,7 +217,7 @@ class GRUDerivative(StepDerivative):
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
 @with_normalization_arguments
 class BNGRU(BNRNN):
-    """Gated recurrent unit, batch-normalised.
+    """Batch-normalised gated recurrent unit.
 
     With `a = BN(W x_t)`, BN as in `SequenceBatchNorm`, and
     `b = U h_{t-1} + recurrent_bias`, both split into the gates z, r, h:
@@ -231,34 +232,34 @@ class BNGRU(BNRNN):
         {normalization}
 
     All other arguments, the call arguments and the return values are those of
-    `keras.layers.GRU`, with the same defaults. `beta` takes the place of the bias of
-    the input projection; `recurrent_bias` is the second row of the stock layer's
-    bias. `use_bias` and the `bias_*` arguments hold for both. `dropout` and
-    `recurrent_dropout` must be in [0, 1); all gates share one mask.
-    See below for `use_cudnn`.
+    `keras.layers.GRU`, with the same defaults. `beta` replaces the bias of the input
+    projection. `recurrent_bias` is the second row of the stock layer's bias. The
+    arguments `use_bias` and `bias_*` apply to both. `dropout` and `recurrent_dropout`
+    must be in [0, 1). All gates share one dropout mask. See below for `use_cudnn`.
 
     On a GPU the fused cuDNN kernel runs the recurrence with the folded weights of the
     batch, or of the population, whatever the mask. It needs sequence-wise training
-    statistics, and arguments with which Keras' own layer would take it. In other cases
-    `use_cudnn="auto"` (default) runs the time loop, and `True` raises an error. `False`
-    always runs the time loop. TensorFlow's XLA has no such kernel: on a GPU compile
-    models with `jit_compile=False`, or pass `use_cudnn=False`.
+    statistics, and arguments with which Keras' own layer uses the kernel. In other
+    cases `use_cudnn="auto"` (default) runs the time loop, and `True` raises an error.
+    `False` always runs the time loop. XLA has no such kernel: on a GPU compile models
+    with `jit_compile=False`, or pass `use_cudnn=False`.
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
         mask: Boolean tensor of shape (B, T), true at valid frames, any pattern. Masked
-            frames, NaN included, have no effect. A timestep is one of a sequence's
-            own valid frames. Default: `None`.
-        training: Whether to use, and learn from, the batch's statistics.
+            frames, NaN included, have no effect. Timesteps count the valid frames of
+            each sequence. Default: `None`, all frames are valid.
+        training: Whether to normalise by batch statistics and to update the population
+            statistics. Default: `False`.
         initial_state: List of one tensor of shape (B, U). Default: zeros.
 
     Returns:
-        (B, U), or (B, T, U) with `return_sequences`; then the state (B, U) with
-        `return_state`.
+        The output: a tensor of shape (B, U), or (B, T, U) with `return_sequences`. With
+        `return_state`, the output and the state (B, U).
 
     Raises:
-        ValueError: For an argument out of range, a mask of another shape,
-            frame-wise training with a static batch of 1.
+        ValueError: If an argument is out of range, if the mask has another shape, or in
+            frame-wise training with a static batch size of 1.
         NotImplementedError: On a Keras backend other than TensorFlow.
 
     Example:
@@ -269,7 +270,7 @@ class BNGRU(BNRNN):
     (TensorShape([32, 10, 4]), TensorShape([32, 4]))
 
     Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
-    It has no population statistics for inference; they are `SequenceBatchNorm`'s.
+    The paper has no population statistics for inference; see `SequenceBatchNorm`.
     """
 
     cell_class = BNGRUCell

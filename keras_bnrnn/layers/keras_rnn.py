@@ -1,10 +1,10 @@
-"""What `keras.layers.RNN(cell)` needs of a cell that learns statistics.
+"""Adapts cells that learn statistics to `keras.layers.RNN(cell)`.
 
-`keras.layers.RNN` tries the first timestep once before its loop, to learn the shapes,
-and repeats it in the loop. It asks for the dropout mask before that, and resets the
-mask at the end. A cell takes these two calls as the start and the end of a sequence,
-and undoes the update that it made in the trial. Keras documents none of this:
-`tests/layers/test_keras_rnn.py` fails if Keras changes it.
+`keras.layers.RNN` runs the first timestep once before its loop, to probe the shapes,
+and runs it again in the loop. It requests the dropout mask before the probe, and resets
+the mask at the end. A cell treats these two calls as the start and the end of a
+sequence, and undoes the update of the probe, called the trial here. Keras documents
+none of this: `tests/layers/test_keras_rnn.py` fails if Keras changes it.
 """
 
 import contextlib
@@ -17,34 +17,34 @@ from keras_bnrnn import backend
 
 
 class TrialStep:
-    """Undoes the update of the statistics that Keras' trial of a timestep made.
+    """Undoes the update of the statistics made by Keras' shape-probing call.
 
-    A plain object, in which Keras does not look for variables to track.
+    This is a plain object: Keras does not track variables in it.
     """
 
     def __init__(self):
         self.end()
 
     def begin(self):
-        """Notes that a layer starts on a sequence."""
+        """Marks the start of a sequence."""
         self._in_sequence, self._state, self._values = True, None, None
 
     def end(self):
-        """Notes the end of a sequence. A cell that is called alone has no trial."""
+        """Marks the end of a sequence. A cell outside a sequence has no trial."""
         self._in_sequence, self._state, self._values = False, None, None
 
     def forget(self, norms, state):
         """Undoes the update if this call repeats the first timestep.
 
-        It does if the state is that of the first call, or if the body of a loop is
-        being traced, which has a graph of its own.
+        The call repeats it if the state is that of the first call, or if Keras traces
+        the body of a loop, which has its own graph.
 
         Args:
             norms: The `SequenceBatchNorm` layers of the cell.
             state: The first state that the cell is called with.
         """
         if self._in_sequence and not is_inside_rnn_call():
-            self.end()  # that call raised an error and never reached its end
+            self.end()  # an earlier call raised an error before its end
         if not self._in_sequence:
             return
         variables = [v for norm in norms for v in norm.statistics_variables]
@@ -63,18 +63,19 @@ class TrialStep:
 
     def _is_first_state(self, state):
         if isinstance(self._state, keras.Variable) and state is not self._state:
-            # An eager loop passes the value of a stateful layer's variable on.
+            # An eager loop passes the value of a stateful layer's variable, not the
+            # variable.
             return bool(ops.all(ops.equal(state, self._state)))
         return state is self._state
 
 
 class TriedCell:
-    """Mixed in before a stock cell: finds the sequences, and drops nothing on demand.
+    """Mixin for a stock cell that marks sequences and can disable dropout.
 
     Attributes:
         trial: `TrialStep`.
-        drops_nothing: Whether dropout masks are `None`. Keras draws them at inference
-            too, which changes the state of the seed.
+        drops_nothing: Whether dropout masks are `None`. Keras draws masks at inference
+            too, and thereby changes the state of the seed generator. Default: `False`.
     """
 
     trial = None
@@ -90,7 +91,7 @@ class TriedCell:
         return super().get_recurrent_dropout_mask(step_input)
 
     def dropout_mask_of_step(self, step_input):
-        """`get_dropout_mask` of a cell itself, in a timestep."""
+        """Returns the dropout mask in a timestep, without starting a sequence."""
         return super().get_dropout_mask(step_input)
 
     def reset_dropout_mask(self):
@@ -99,7 +100,7 @@ class TriedCell:
 
 
 def is_inside_rnn_call():
-    """Whether `keras.layers.RNN.call` is on the stack."""
+    """Returns whether `keras.layers.RNN.call` is on the call stack."""
     code = inspect.unwrap(keras.layers.RNN.call).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -108,7 +109,7 @@ def is_inside_rnn_call():
 
 
 def refuse_replicas(cell):
-    """Refuses replicas: a loop of Keras cannot learn statistics over them."""
+    """Raises an error on several replicas: Keras' loop cannot exchange their sums."""
     count = backend.replica_count()
     if count > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Batch-normalised long short-term memory cell and layer."""
+"""Defines the batch-normalised long short-term memory: cell and layer."""
 
 from typing import Unpack
 
@@ -37,29 +37,30 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
             normalisation. Default: `False`.
 
     All other arguments, the call arguments and the return values are those of
-    `keras.layers.LSTMCell`. `beta`, the bias of the input projection, takes
-    `use_bias`, `unit_forget_bias` and the `bias_*` arguments. `dropout` and
-    `recurrent_dropout` must be in [0, 1); all gates share one mask.
+    `keras.layers.LSTMCell`. `beta` is the bias of the input projection. The arguments
+    `use_bias`, `unit_forget_bias` and `bias_*` apply to it. `dropout` and
+    `recurrent_dropout` must be in [0, 1). All gates share one dropout mask.
 
-    Inside `keras.layers.RNN` a cell sees one timestep at a time: training
-    statistics are frame-wise, padding is not left out, and several replicas are
-    refused.
+    Inside `keras.layers.RNN` a cell is called on one timestep at a time. Its training
+    statistics are then frame-wise and include padding. Training on several replicas
+    raises an error.
 
     Weights: `kernel` (D, 4U), `recurrent_kernel` (U, 4U), gate order i, f, c, o;
     `input_norm`, a `SequenceBatchNorm` of 4U features; with `peephole`,
-    `peephole_kernel` (3, U): p_i, p_f, p_o, zeros at first.
+    `peephole_kernel` (3, U): p_i, p_f, p_o, initially zeros.
 
     Call arguments:
         inputs: Tensor of shape (B, D).
         states: [(B, U), (B, U)]: h and c.
-        training: Whether to use, and learn from, the batch's statistics.
+        training: Whether to normalise by batch statistics and to update the population
+            statistics. Default: `False`.
 
     Returns:
         The output (B, U) and the list of new states.
 
     Raises:
-        ValueError: For an argument out of range, and in training for a static
-            batch of 1 or several replicas.
+        ValueError: If an argument is out of range, or in training with a static batch
+            size of 1 or with several replicas.
 
     Example:
 
@@ -128,7 +129,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
         return [o * self.activation(c), c]
 
     def _gates(self, a):
-        """The four gates of their pre-activations."""
+        """Computes the four gates from their pre-activations."""
         if are_by_tanh(self, a):
             return gates_by_tanh(a)[0]
         a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
@@ -136,7 +137,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
         return gate(a_i), gate(a_f), self.activation(a_c), gate(a_o)
 
     def _peephole_gates(self, a, c_before, weights):
-        """The same where the gates see c; the last one still without c_t."""
+        """Computes i, f and the candidate with peepholes, and returns a_o unchanged."""
         p_i, p_f, _ = ops.unstack(weights.more["peephole_kernel"], axis=0)
         a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
         gate = self.recurrent_activation
@@ -162,9 +163,9 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
 
 
 def are_by_tanh(activations, a):
-    """Whether `gates_by_tanh` makes the gates.
+    """Returns whether `gates_by_tanh` computes the gates.
 
-    In half precision it would make 0 of a gate, and of its slope, from a = -7 on.
+    In half precision it would round gates and slopes to 0 for a < -7.
     """
     usual = (
         activations.activation is tanh and activations.recurrent_activation is sigmoid
@@ -173,16 +174,16 @@ def are_by_tanh(activations, a):
 
 
 def gates_by_tanh(a):
-    """Gates i, f, c, o with the usual activations.
+    """Computes the gates i, f, c, o for the activations sigmoid and tanh.
 
-    `sigmoid(a) = tanh(a / 2) / 2 + 1 / 2`: one tanh of all gates together costs
-    less than three sigmoids and a tanh of slices.
+    `sigmoid(a) = tanh(a / 2) / 2 + 1 / 2`. One tanh of all gates together costs less
+    than three sigmoids and one tanh of slices.
 
     Args:
         a: Tensor of shape (..., 4U), the pre-activations.
 
     Returns:
-        List of the four gates, (..., U), and the tanh that they come from, (..., 4U).
+        List of the four gates (..., U), and the tanh (..., 4U) that they are made of.
     """
     t = ops.tanh(a * _halves(a))
     i, f, candidate, o = ops.split(t, 4, axis=-1)
@@ -190,7 +191,7 @@ def gates_by_tanh(a):
 
 
 def slopes_by_tanh(a, t):
-    """The derivative (..., 4U) of the gates that `gates_by_tanh` makes."""
+    """Computes the derivative (..., 4U) of the gates of `gates_by_tanh`."""
     halves = _halves(a)
     return (1 - t * t) * (halves * halves)
 
@@ -201,9 +202,9 @@ def _halves(a):
 
 
 class LSTMDerivative(StepDerivative):
-    """The derivative of `BNLSTMCell.step`; pre-activations (..., 4U), as its gates.
+    """The derivative of `BNLSTMCell.step`.
 
-    Peepholes come on top of them.
+    Pre-activations (..., 4U): a_i, a_f, a_c, a_o, without the peepholes.
     """
 
     def __init__(self, cell):
@@ -267,7 +268,7 @@ class LSTMDerivative(StepDerivative):
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
 @with_normalization_arguments
 class BNLSTM(BNRNN):
-    """Long short-term memory, batch-normalised.
+    """Batch-normalised long short-term memory.
 
     With `a = BN(W x_t) + U h_{t-1}`, BN as in `SequenceBatchNorm`, split into the
     gates i, f, c, o:
@@ -282,34 +283,34 @@ class BNLSTM(BNRNN):
             normalisation. Default: `False`.
 
     All other arguments, the call arguments and the return values are those of
-    `keras.layers.LSTM`, with the same defaults. `beta` takes the place of the bias,
-    and with it `use_bias`, `unit_forget_bias` and the `bias_*` arguments.
-    `dropout` and `recurrent_dropout` must be in [0, 1); all gates share one
-    mask. See below for `use_cudnn`.
+    `keras.layers.LSTM`, with the same defaults. `beta` replaces the bias. The arguments
+    `use_bias`, `unit_forget_bias` and `bias_*` apply to it. `dropout` and
+    `recurrent_dropout` must be in [0, 1). All gates share one dropout mask. See below
+    for `use_cudnn`.
 
     On a GPU the fused cuDNN kernel runs the recurrence with the folded weights of the
     batch, or of the population, whatever the mask. It needs sequence-wise training
-    statistics, and arguments with which Keras' own layer would take it, without
+    statistics, and arguments with which Keras' own layer uses the kernel, without
     `peephole`. In other cases `use_cudnn="auto"` (default) runs the time loop, and
-    `True` raises an error. `False` always runs the time loop. TensorFlow's XLA has no
-    such kernel: on a GPU compile models with `jit_compile=False`, or pass
-    `use_cudnn=False`.
+    `True` raises an error. `False` always runs the time loop. XLA has no such kernel:
+    on a GPU compile models with `jit_compile=False`, or pass `use_cudnn=False`.
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
         mask: Boolean tensor of shape (B, T), true at valid frames, any pattern. Masked
-            frames, NaN included, have no effect. A timestep is one of a sequence's
-            own valid frames. Default: `None`.
-        training: Whether to use, and learn from, the batch's statistics.
+            frames, NaN included, have no effect. Timesteps count the valid frames of
+            each sequence. Default: `None`, all frames are valid.
+        training: Whether to normalise by batch statistics and to update the population
+            statistics. Default: `False`.
         initial_state: List of two tensors of shape (B, U), h and c. Default: zeros.
 
     Returns:
-        (B, U), or (B, T, U) with `return_sequences`; then the states h and c, each
-        (B, U), with `return_state`.
+        The output: a tensor of shape (B, U), or (B, T, U) with `return_sequences`. With
+        `return_state`, the output and the states h and c, each (B, U).
 
     Raises:
-        ValueError: For an argument out of range, a mask of another shape,
-            frame-wise training with a static batch of 1.
+        ValueError: If an argument is out of range, if the mask has another shape, or in
+            frame-wise training with a static batch size of 1.
         NotImplementedError: On a Keras backend other than TensorFlow.
 
     Example:
@@ -324,7 +325,7 @@ class BNLSTM(BNRNN):
     TensorShape([4, 1])
 
     Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
-    It has no population statistics for inference; they are `SequenceBatchNorm`'s.
+    The paper has no population statistics for inference; see `SequenceBatchNorm`.
     """
 
     cell_class = BNLSTMCell
@@ -365,10 +366,10 @@ class BNLSTM(BNRNN):
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
 class UnitForgetBias(keras.initializers.Initializer):
-    """Ones for the forget quarter of an LSTM's bias, as `unit_forget_bias` asks.
+    """Initializes the forget quarter of an LSTM's bias to 1, for `unit_forget_bias`.
 
     Args:
-        initializer: Initializer of the other quarters.
+        initializer: Initializer of the other quarters. Default: `"zeros"`.
     """
 
     def __init__(self, initializer="zeros"):

@@ -1,4 +1,4 @@
-"""How a cell's step normalises at its sites in one timestep."""
+"""Normalises pre-activations at the sites of a cell, in one timestep."""
 
 from keras import ops
 
@@ -8,11 +8,11 @@ WHOLE = slice(None)
 
 
 class Normalizer:
-    """The `norm` of a step: normalises at some sites, and nowhere else.
+    """The `norm` function of a step, base of the normalizers below.
 
     Args:
-        norms: Dict from the name of a site to its `SequenceBatchNorm`. At other sites
-            a pre-activation stays as it is.
+        norms: Dict from the name of a site to its `SequenceBatchNorm`. Pre-activations
+            at other sites are returned unchanged.
     """
 
     def __init__(self, norms):
@@ -26,6 +26,9 @@ class Normalizer:
             site: The name of the site.
             a: Tensor (B, ...), the pre-activation.
             columns: Slice, the columns of the site that `a` consists of. Default: all.
+
+        Returns:
+            Tensor of the shape of `a`.
         """
         if site not in self._norms:
             return a
@@ -44,9 +47,10 @@ class BatchNormalizer(Normalizer):
     Args:
         norms: As in `Normalizer`.
         affine: Dict from each site to its gamma and beta. Default: the normalizer reads
-            them. Inside a loop they must be given: a gradient would keep a variable
-            that is read there for each timestep.
-        valid: Boolean tensor (B, 1), or `None`.
+            the variables. Inside a loop `affine` is required: the gradient would store
+            a variable that is read there once for each timestep.
+        valid: Boolean tensor (B, 1), true at valid rows. `None` (default): all rows
+            are valid.
     """
 
     def __init__(self, norms, affine=None, valid=None):
@@ -65,7 +69,7 @@ class BatchNormalizer(Normalizer):
         return ops.cast(y, a.dtype), (mean[0], variance[0], count[0])
 
     def moments(self):
-        """Mean (width,), variance (width,) and count (1,) of each site, in one list."""
+        """Lists mean (width,), variance (width,) and count (1,) of each site."""
         moments = []
         for site in self._norms:
             parts = self._kept_by_columns(site)
@@ -75,12 +79,12 @@ class BatchNormalizer(Normalizer):
 
 
 def affine_of(norms):
-    """Dict from each site to gamma and beta, in the dtype of the statistics."""
+    """Returns gamma and beta of each site, in the dtype of the statistics."""
     return {site: norm.affine() for site, norm in norms.items()}
 
 
 class PopulationNormalizer(Normalizer):
-    """Normalises by the population statistics, and keeps the pre-activations."""
+    """Normalises by the population statistics, and records the pre-activations."""
 
     def _normalize(self, site, a, columns):
         scale, shift = (p[columns] for p in self._norms[site].scale_and_shift())
@@ -88,20 +92,20 @@ class PopulationNormalizer(Normalizer):
         return y, a
 
     def pre_activations(self, site):
-        """The pre-activations at a site, (B, width)."""
+        """Returns the pre-activations (B, width) recorded at a site."""
         return ops.concatenate(self._kept_by_columns(site), axis=-1)
 
 
 def in_order_of_columns(parts, width, site):
-    """The values of a step's calls of `norm` at a site, in the order of columns.
+    """Sorts the values that a step recorded at a site by their columns.
 
     Args:
-        parts: List of `(columns, value)`.
+        parts: List of `(columns, value)`, one for each call of `norm`.
         width: The number of columns of the site.
         site: The name of the site.
 
     Raises:
-        ValueError: If a step normalises a column twice or not at all.
+        ValueError: If a step normalised a column twice or not at all.
     """
     spans = sorted(
         ((columns.indices(width), value) for columns, value in parts),
@@ -115,8 +119,8 @@ def in_order_of_columns(parts, width, site):
     if expected != width or not spans:
         received = [(start, stop) for (start, stop, _), _ in spans]
         raise ValueError(
-            "A step must normalise each column of a site once: `columns` must be "
-            f"slices that make up [0, {width}). Received: columns={received} at site "
+            "A step must normalise each column of a site once: the slices `columns` "
+            f"must together cover [0, {width}). Received: columns={received} at site "
             f"{site!r}"
         )
     return [value for _, value in spans]

@@ -1,4 +1,4 @@
-"""`BNRNN`: a layer of one batch-normalised cell."""
+"""Defines `BNRNN`, the base of all batch-normalised layers."""
 
 import re
 
@@ -20,9 +20,9 @@ from keras_bnrnn.sequence_batch_norm import check_mask
 
 
 class BNRNN(keras.layers.RNN):
-    """A layer of one `BNCell`, which projects all timesteps in one product.
+    """A layer of one `BNCell` that projects all timesteps in one product.
 
-    A layer of a new kind declares its cell:
+    A new kind of layer declares its cell:
 
     >>> class Layer(BNRNN):
     ...     cell_class = BNSimpleRNNCell
@@ -31,15 +31,15 @@ class BNRNN(keras.layers.RNN):
     ...         super().__init__(units=units, **arguments)
 
     Attributes:
-        cell_class: The class of its cell. The layer has each argument of the cell as a
-            read-only attribute.
-        stock_layer: The Keras layer of the same equations, which `fold` puts in its
-            place. `None` (default): there is none.
+        cell_class: The class of the cell. Each argument of the cell is a read-only
+            attribute of the layer.
+        stock_layer: The Keras layer with the same equations. `fold` replaces the layer
+            by it. `None` (default): there is no such Keras layer.
 
     Args:
-        cell: A `BNCell`, for a layer without `cell_class`.
+        cell: A `BNCell`, for a layer without `cell_class`. Default: `None`.
         use_cudnn: `"auto"`, `True` or `False`, see `BNLSTM`. Default: `False`.
-        **arguments: Those of `cell_class`, and of `keras.layers.RNN`.
+        **arguments: The arguments of `cell_class` and of `keras.layers.RNN`.
     """
 
     cell_class = None
@@ -60,17 +60,17 @@ class BNRNN(keras.layers.RNN):
             cell, arguments = self._make_cell(arguments)
         super().__init__(cell, **arguments)
         self.input_spec = keras.layers.InputSpec(ndim=3)
-        # Keras 3.16 sets it to False in `RNN`: the layer above would count padding.
+        # Keras 3.16 sets it to False in `RNN`. The next layer would then count padding.
         self.supports_masking = True
         self.use_cudnn = use_cudnn
         if self._why_not_fused(training=True) is None:
-            self.supports_jit = False  # as in the stock layer: XLA has no such kernel
+            self.supports_jit = False  # as in Keras' layer: XLA has no fused kernel
 
     def _make_cell(self, arguments):
-        """The cell, and the arguments that are left for `keras.layers.RNN`."""
+        """Returns the cell and the remaining arguments, those of `keras.layers.RNN`."""
         cls = self.cell_class
         shared = ("dtype", "trainable")
-        # The stock layers take `implementation`. It changes nothing here.
+        # The stock layers accept `implementation`. It has no effect here.
         known = {*names_of(cls), "implementation"} - {"name"}
         of_cell = {name: value for name, value in arguments.items() if name in known}
         rest = {
@@ -85,7 +85,7 @@ class BNRNN(keras.layers.RNN):
 
     @property
     def input_norm(self):
-        """The cell's `SequenceBatchNorm` of the input projection, or of the sum."""
+        """The `SequenceBatchNorm` of the input projection, or of the sum if joint."""
         return self.cell.input_norm
 
     @property
@@ -103,7 +103,7 @@ class BNRNN(keras.layers.RNN):
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         require_timesteps(sequences, self.name)
-        # Not every caller casts: `TimeDistributed` calls `call` itself.
+        # `TimeDistributed` calls `call` itself, without the cast of `__call__`.
         sequences = ops.cast(sequences, self.compute_dtype)
         self.cell.drops_nothing = not training
         self._drops_states = training and not (self.return_state or self.stateful)
@@ -138,15 +138,18 @@ class BNRNN(keras.layers.RNN):
         return last, last[:, None, :], states
 
     def _run_loop(self, frames, x, initial_state, weights, learns, training):
-        """Projects, normalises by the batch if the layer learns, and runs the loop.
+        """Computes the input projection and runs the time loop.
+
+        If the layer learns, this normalises by batch statistics and updates the
+        population statistics.
 
         Args:
             frames: `Frames`.
             x: Tensor (T, B, D), the arranged frames.
             initial_state: List of tensors (B, U).
-            weights: `Weights`, folded ones unless the layer learns.
-            learns: Whether the layer normalises by the batch's moments.
-            training: Whether gradients are wanted.
+            weights: `Weights`: trained ones if the layer learns, folded ones otherwise.
+            learns: Whether the layer normalises by the moments of the batch.
+            training: Whether the forward loop keeps values for a gradient.
 
         Returns:
             Outputs (T, B, U), or `None`, and the states at the end of each row.
@@ -200,7 +203,10 @@ class BNRNN(keras.layers.RNN):
         return outputs, states
 
     def _run_fused(self, frames, x, initial_state, weights, learns, training):
-        """The same with the backend's fused kernel, all with rows first."""
+        """Does the same as `_run_loop` with the fused kernel of the backend.
+
+        All sequences, the outputs included, have the shape (B, T, ...).
+        """
         cell = self.cell
         if learns:
             x, kernel, bias = folded_projection(
@@ -209,8 +215,8 @@ class BNRNN(keras.layers.RNN):
             weights = weights._replace(kernel=kernel, bias=bias)
         lengths = frames.lengths
         states = list(initial_state)
-        # The kernel gives the output at each frame, but other states only at the end
-        # of the lengths that it is told, which must not be 0.
+        # The kernel returns the output of each frame, but other states only at the end
+        # of the lengths that it receives. These lengths must not be 0.
         tells_lengths = (
             lengths is not None and len(states) > 1 and not self._drops_states
         )
@@ -231,7 +237,7 @@ class BNRNN(keras.layers.RNN):
         return outputs, last
 
     def _fused_kernel(self, training):
-        """The kernel of this call, or `None` for the time loop."""
+        """Returns the kernel for a call, or `None` for the time loop."""
         reason = self._why_not_fused(training)
         if reason is None and self._fused is not None:
             return self._fused
@@ -245,7 +251,7 @@ class BNRNN(keras.layers.RNN):
         return None
 
     def _why_not_fused(self, training=False):
-        """The reason why no fused kernel runs a call, or `None` if one does."""
+        """Returns why no fused kernel runs a call, or `None` if one does."""
         cell = self.cell
         if self.use_cudnn is False:
             return "`use_cudnn` is False"
@@ -276,7 +282,7 @@ class BNRNN(keras.layers.RNN):
         return Frames(mask, self.go_backwards, time_major)
 
     def pre_activations(self, site, sequences, initial_state=None, mask=None):
-        """What the norm of a site normalises at inference, in float64.
+        """Computes the pre-activations at a site at inference, in float64.
 
         Args:
             site: The name of the site.
@@ -285,8 +291,8 @@ class BNRNN(keras.layers.RNN):
             mask: Boolean tensor of shape (B, T), or `None`.
 
         Returns:
-            Tensor of shape (T, B, width) and boolean tensor (T, B), or `None` if all
-            its frames are valid.
+            The pre-activations, a tensor of shape (T, B, width), and a boolean tensor
+            (T, B), true at valid frames. It is `None` without a mask.
         """
         cell = self.cell
         frames = self._frames(sequences, mask)
@@ -342,16 +348,16 @@ class BNRNN(keras.layers.RNN):
 
 
 def _of_cell(name):
-    """A read-only attribute of a layer that its cell holds."""
+    """Returns a property that reads an attribute of the layer's cell."""
     return property(lambda layer: getattr(layer.cell, name))
 
 
 def require_timesteps(sequences, name):
-    """Refuses sequences without a timestep, as the stock layers do.
+    """Raises an error for sequences without a timestep, as the stock layers do.
 
     Args:
         sequences: Tensor of shape (B, T, D). If T is not static, the graph checks it
-            as it runs (not under XLA).
+            when it runs, but not under XLA.
         name: Name of the layer.
     """
     timesteps = sequences.shape[1]

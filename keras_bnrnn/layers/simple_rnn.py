@@ -1,4 +1,4 @@
-"""Batch-normalised simple (Elman) recurrent cell and layer."""
+"""Defines the batch-normalised simple (Elman) recurrent network: cell and layer."""
 
 from typing import Unpack
 
@@ -27,13 +27,13 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
         {normalization}
 
     All other arguments, the call arguments and the return values are those of
-    `keras.layers.SimpleRNNCell`. `beta`, the bias of the input projection, takes
-    `use_bias` and the `bias_*` arguments. `dropout` and `recurrent_dropout` must be
-    in [0, 1).
+    `keras.layers.SimpleRNNCell`. `beta` is the bias of the input projection. The
+    arguments `use_bias` and `bias_*` apply to it. `dropout` and `recurrent_dropout`
+    must be in [0, 1).
 
-    Inside `keras.layers.RNN` a cell sees one timestep at a time: training
-    statistics are frame-wise, padding is not left out, and several replicas are
-    refused.
+    Inside `keras.layers.RNN` a cell is called on one timestep at a time. Its training
+    statistics are then frame-wise and include padding. Training on several replicas
+    raises an error.
 
     Weights: `kernel` (D, U), `recurrent_kernel` (U, U) and `input_norm`, a
     `SequenceBatchNorm` of U features.
@@ -41,14 +41,15 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
     Call arguments:
         inputs: Tensor of shape (B, D).
         states: [(B, U)].
-        training: Whether to use, and learn from, the batch's statistics.
+        training: Whether to normalise by batch statistics and to update the population
+            statistics. Default: `False`.
 
     Returns:
         The output (B, U) and the list of new states.
 
     Raises:
-        ValueError: For an argument out of range, and in training for a static
-            batch of 1 or several replicas.
+        ValueError: If an argument is out of range, or in training with a static batch
+            size of 1 or with several replicas.
 
     Example:
 
@@ -116,7 +117,7 @@ class SimpleRNNDerivative(StepDerivative):
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
 @with_normalization_arguments
 class BNSimpleRNN(BNRNN):
-    """Simple recurrent network, batch-normalised.
+    """Batch-normalised simple recurrent network.
 
     `h_t = activation(BN(W x_t) + U h_{t-1})`, BN as in `SequenceBatchNorm`.
 
@@ -124,16 +125,17 @@ class BNSimpleRNN(BNRNN):
         {normalization}
 
     All other arguments, the call arguments and the return values are those of
-    `keras.layers.SimpleRNN`, with the same defaults. `beta` takes the place of the
-    bias, and with it `use_bias` and the `bias_*` arguments. `dropout` and
-    `recurrent_dropout` must be in [0, 1).
+    `keras.layers.SimpleRNN`, with the same defaults. `beta` replaces the bias. The
+    arguments `use_bias` and `bias_*` apply to it. `dropout` and `recurrent_dropout`
+    must be in [0, 1).
 
     Call arguments:
         sequences: Tensor of shape (B, T, D).
         mask: Boolean tensor of shape (B, T), true at valid frames, any pattern. Masked
-            frames, NaN included, have no effect. A timestep is one of a sequence's
-            own valid frames. Default: `None`.
-        training: Whether to use, and learn from, the batch's statistics.
+            frames, NaN included, have no effect. Timesteps count the valid frames of
+            each sequence. Default: `None`, all frames are valid.
+        training: Whether to normalise by batch statistics and to update the population
+            statistics. Default: `False`.
         initial_state: List of one tensor of shape (B, U). Default: zeros.
 
     Returns:
@@ -141,8 +143,8 @@ class BNSimpleRNN(BNRNN):
         `return_state`.
 
     Raises:
-        ValueError: For an argument out of range, a mask of another shape,
-            frame-wise training with a static batch of 1.
+        ValueError: If an argument is out of range, if the mask has another shape, or in
+            frame-wise training with a static batch size of 1.
         NotImplementedError: On a Keras backend other than TensorFlow.
 
     Example:
@@ -152,7 +154,7 @@ class BNSimpleRNN(BNRNN):
     TensorShape([32, 10, 4])
 
     Reference: [Laurent et al., 2016](https://arxiv.org/abs/1510.01378), section 3.
-    It has no population statistics for inference; they are `SequenceBatchNorm`'s.
+    The paper has no population statistics for inference; see `SequenceBatchNorm`.
     """
 
     cell_class = BNSimpleRNNCell

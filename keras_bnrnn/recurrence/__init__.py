@@ -1,4 +1,4 @@
-"""One time loop for all cells."""
+"""Runs the time loop of every cell, forwards and backwards."""
 
 from keras_bnrnn.recurrence.derivative import StepDerivative
 from keras_bnrnn.recurrence.schedule import Schedule

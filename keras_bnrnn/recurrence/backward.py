@@ -1,9 +1,9 @@
-"""The backward loop.
+"""Runs the backward loop.
 
-Only the recurrent product and what depends on it stays in the loop. The factors of a
-`StepDerivative` do not depend on the incoming gradient and are computed for all
-timesteps at once, before the loop. The gradient of the recurrent kernel is one product,
-after it.
+The loop contains only the recurrent product and the operations that depend on it. The
+factors of a `StepDerivative` do not depend on the incoming gradient: they are computed
+before the loop, for all timesteps at once. The gradient of the recurrent kernel is one
+product after the loop.
 """
 
 from keras import ops
@@ -13,22 +13,23 @@ from keras_bnrnn.recurrence import schedule as schedules
 
 
 def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
-    """The gradients of a forward loop in all that it is differentiable in.
+    """Computes the gradients of a forward loop.
 
-    Past the end of a row gradients are 0, and every factor is finite: nothing flows.
+    Past the end of a row the incoming gradients are 0 and all factors are finite, so no
+    gradient passes.
 
     Args:
         loop: `Loop`.
         derivative: The `StepDerivative` of its step.
-        projected, states, weights: As they were given to the forward loop.
+        projected, states, weights: The arguments of the forward loop.
         kept: `(pre_activations, sequences)`: the stacked pre-activations (T, B, P) and
             the list of all stacked states (T, B, U).
-        d_sequences: List of the gradients of the first of these sequences.
+        d_sequences: List of the gradients of the first sequences of states.
         d_last: List of the gradients of all last states.
 
     Returns:
-        The gradient of `projected`, the list of those of `states`, and a dict of those
-        of `weights.in_loop()`.
+        The gradient of `projected`, the list of the gradients of `states`, and the dict
+        of the gradients of `weights.in_loop()`.
     """
     pre_activations, after = kept
     before = [
@@ -72,7 +73,7 @@ def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last)
 
 
 def _times_transposed(kernel):
-    """A function of x to x . kernel'."""
+    """Returns a function that computes x . kernel' for a tensor x."""
     if schedules.transposes(kernel):
         transposed = ops.transpose(kernel)
         return lambda x: ops.matmul(x, transposed)
@@ -80,5 +81,5 @@ def _times_transposed(kernel):
 
 
 def _flat(sequence):
-    """(T, B, F) to (T*B, F)."""
+    """Reshapes (T, B, F) to (T*B, F)."""
     return ops.reshape(sequence, (-1, sequence.shape[-1]))

@@ -1,20 +1,20 @@
-"""The derivative of a cell's step in closed form."""
+"""Defines the derivative of a cell's step in closed form."""
 
 
 class StepDerivative:
     """The derivative of a cell's elementwise step, in closed form.
 
-    A step makes its new states from its pre-activations and the states before it.
-    Pre-activations are tensors of shape (..., P) for a P of the cell's own. All methods
-    but `pull_back` are also called on all timesteps at once.
+    A step computes its new states from its pre-activations and the states before it.
+    Pre-activations have the shape (..., P). Each cell chooses its own P. All methods
+    except `pull_back` are also called on all timesteps at once.
     """
 
     def width(self, units):
-        """P, the number of pre-activations."""
+        """Returns P, the number of pre-activations."""
         raise NotImplementedError
 
     def pre_activations(self, projected, recurrent, weights):
-        """The values that the forward loop keeps for the gradient, (B, P).
+        """Returns the values (B, P) that the forward loop keeps for the gradient.
 
         Args:
             projected: Tensor (B, G*U), the input projection.
@@ -24,7 +24,7 @@ class StepDerivative:
         raise NotImplementedError
 
     def factors(self, pre_activations, before, after, weights):
-        """The tensors that `pull_back` multiplies gradients by.
+        """Returns the tensors by which `pull_back` multiplies gradients.
 
         Args:
             pre_activations: Tensor (T, B, P).
@@ -38,32 +38,38 @@ class StepDerivative:
         raise NotImplementedError
 
     def pull_back(self, gradients, factors):
-        """Backpropagates through one step, linearly in `gradients`.
+        """Backpropagates through one step. The result is linear in `gradients`.
 
         Args:
             gradients: List of tensors (B, U), the gradients of the new states.
-            factors: List of tensors (B, ...), those of the timestep.
+            factors: List of tensors (B, ...), the factors of the timestep.
 
         Returns:
-            The gradient of the pre-activations, (B, P), and the list of the gradients
-            of the states before the step, (B, U) or `None` for 0, without what reaches
-            them through the recurrent product.
+            The gradient (B, P) of the pre-activations, and the list of the gradients
+            (B, U) of the states before the step, `None` for 0. These exclude the
+            gradients that pass through the recurrent product.
         """
         raise NotImplementedError
 
     def of_recurrent(self, gradient):
-        """The gradient of the recurrent product, from that of pre-activations."""
+        """Returns the gradient (..., G*U) of the recurrent product.
+
+        `gradient` is that of the pre-activations, (..., P).
+        """
         return gradient
 
     def of_projected(self, gradient):
-        """The gradient of the input projection, from that of pre-activations."""
+        """Returns the gradient (..., G*U) of the input projection.
+
+        `gradient` is that of the pre-activations, (..., P).
+        """
         return gradient
 
     def of_weights(self, gradient, before, after, weights):
-        """The gradients of weights other than the recurrent kernel and the bias.
+        """Returns the gradients of weights other than recurrent kernel and bias.
 
         Args:
-            gradient: Tensor (T, B, P), that of the pre-activations.
+            gradient: Tensor (T, B, P), the gradient of the pre-activations.
             before, after, weights: As in `factors`.
 
         Returns:

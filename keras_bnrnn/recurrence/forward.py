@@ -1,4 +1,4 @@
-"""The forward loop."""
+"""Runs the forward loop."""
 
 import typing
 
@@ -9,15 +9,15 @@ from keras_bnrnn.recurrence.schedule import Schedule
 
 
 class Loop(typing.NamedTuple):
-    """A time loop, without the tensors in which it is differentiable.
+    """Describes a time loop, without the tensors that it differentiates.
 
     Attributes:
-        step: Function `(projected_t, recurrent_t, states, weights, valid_t)` to
-            `(new_states, collected_t)`: computes the new states from the input
-            projection and the recurrent product, each (B, ...), and the list of states.
-            `valid_t` is a boolean tensor (B, 1), or `None`.
-        kernel: Function of the weights to the tensor (U, ...) that multiplies the
-            output.
+        step: Function of `(projected_t, recurrent_t, states, weights, valid_t)` that
+            returns `(new_states, collected_t)`. It computes the new states from the
+            input projection and the recurrent product, each (B, ...), and the list of
+            states. `valid_t` is a boolean tensor (B, 1), or `None`.
+        kernel: Function of the weights that returns the tensor (U, ...) by which the
+            loop multiplies the output.
         valid: Boolean tensor (T, B, 1), true before the end of each row; `None` if all
             rows have T frames.
         step_reads_valid: Whether the step uses `valid_t`.
@@ -38,10 +38,10 @@ class Loop(typing.NamedTuple):
 def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=True):
     """Runs the forward loop.
 
-    Past the end of a row the loop goes on with the row's last states, and the results
-    are dropped later. The states of cells with unbounded activations could overflow
-    there, and gradients of 0 would become NaN: such cells start from 0 instead in each
-    timestep past the end.
+    Past the end of a row the loop continues from the last states of the row, and the
+    caller drops the results. The states of cells with unbounded activations could
+    overflow there, and gradients of 0 would become NaN. For such cells the states are
+    set to 0 before each timestep past the end.
 
     Args:
         loop: `Loop`.
@@ -49,9 +49,10 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
         states: List of tensors (B, U); the first one is the output.
         weights: `Weights`. The bias is added to the projection.
         stacks: The number of states, the output first, that are stacked over time.
+            Default: 1.
         keep: `(function, width)`: a function of `(projected_t, recurrent_t, weights)`
-            whose result (B, width) is stacked too.
-        differentiable: Whether the backend can differentiate the loop.
+            whose result (B, width) is stacked too. Default: `None`.
+        differentiable: Whether the backend can differentiate the loop. Default: `True`.
 
     Returns:
         `(sequences, last, kept, collected)`: the list of stacked states (T, B, U), the
@@ -96,5 +97,5 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
 
 
 def timesteps(sequence):
-    """T, an int if it is static."""
+    """Returns T, an int if it is static."""
     return ops.shape(sequence)[0]

@@ -1,10 +1,10 @@
-"""How the time loops run: what decides their speed, and nothing else."""
+"""Chooses how the time loops run. The choice affects speed only."""
 
 import typing
 
-# A recurrent kernel of at most as many numbers is transposed before the backward loop.
-# On CPUs that made training steps 5 to 9 % faster at 128 units, and as much slower at
-# 250 and 650, where the product reads the kernel across just as well.
+# A recurrent kernel of at most this size is transposed before the backward loop. On
+# CPUs this made training steps 5 to 9 % faster at 128 units, and 5 to 9 % slower at 250
+# and 650 units, where the product reads an untransposed kernel equally fast.
 TRANSPOSED_AT_MOST = 2**17
 
 
@@ -12,16 +12,16 @@ class Schedule(typing.NamedTuple):
     """How a time loop runs.
 
     Attributes:
-        unroll: Whether the loop is written out; T must be static.
-        keeps: With a derivative: whether the forward loop keeps the values that the
-            gradient needs, as training wants it. Otherwise it spends neither time nor
-            memory on them, and a gradient runs the loop again.
+        unroll: Whether the loop is unrolled. T must then be static. Default: `False`.
+        keeps: Whether the forward loop keeps the values that a closed-form gradient
+            needs, as in training. Otherwise the forward loop saves time and memory, and
+            a gradient runs the loop again. Default: `True`.
         reads_ahead: Whether a loop that keeps nothing reads the projection one timestep
-            ahead. In XLA's programs for CPUs arithmetic is not vectorised if it reads
-            a slice at an index that is only known as the loop runs. A copy of the
-            slice, made one turn before, separates the two: a GRU then takes half the
-            time. An LSTM, whose tanh of all gates already separates them, would only
-            pay for the copy.
+            ahead. XLA does not vectorise arithmetic for CPUs if the arithmetic reads a
+            slice at an index that is only known as the loop runs. A copy of the slice,
+            made one timestep earlier, separates the two: a GRU then takes half the
+            time. In an LSTM the tanh of all gates already separates them, and a copy
+            would only cost time. Default: `False`.
     """
 
     unroll: bool = False
@@ -30,7 +30,7 @@ class Schedule(typing.NamedTuple):
 
 
 def transposes(kernel):
-    """Whether the backward loop works with a transposed copy of the recurrent kernel.
+    """Returns whether the backward loop transposes the recurrent kernel in advance.
 
     Args:
         kernel: Tensor of shape (U, G*U).

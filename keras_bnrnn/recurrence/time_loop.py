@@ -1,8 +1,8 @@
-"""The time loop that all cells share.
+"""Runs the time loop that all cells share.
 
-A cell gives the loop an elementwise step, and possibly the derivative of that step. The
-loop owns the recurrent product, the states, the stacking of results over time, and the
-gradient. Tensors over time are time-major, (T, B, ...), in the order of processing.
+A cell provides an elementwise step, and optionally the derivative of the step. The loop
+computes the recurrent product, the states, the results stacked over time, and the
+gradient. Tensors over time have the shape (T, B, ...), in the order of processing.
 """
 
 from keras import ops
@@ -32,19 +32,21 @@ def time_loop(
         projected: Tensor of shape (T, B, G*U), the input projection.
         states: List of tensors of shape (B, U); the first one is the output.
         weights: `Weights` of the recurrence.
-        lengths: int32 tensor (B,), the number of frames of each row; `None` for T.
+        lengths: int32 tensor (B,), the number of valid frames of each row. `None`
+            (default): all rows have T frames.
         return_sequences: Whether outputs are returned. Default: `True`.
-        wants_states: Whether all last states are used. If not, only the first is
-            right. Default: `True`.
-        derivative: `StepDerivative` of the step, which then collects nothing. `None`
-            (default): the backend differentiates the loop.
+        wants_states: Whether all last states are used. Otherwise only the first of the
+            returned states is correct. Default: `True`.
+        derivative: `StepDerivative` of the step. The step must then collect nothing.
+            `None` (default): the backend differentiates the loop.
 
     Returns:
-        `(outputs, states, collected)`: outputs of shape (T, B, U), finite but
-        unspecified past the end of a row, or `None`; the states at the end of each row;
-        each collected tensor with T in front.
+        `(outputs, states, collected)`. `outputs` has the shape (T, B, U) and is finite
+        but unspecified past the end of a row. It is `None` without `return_sequences`.
+        `states` is the list of the states (B, U) at the end of each row. `collected` is
+        the list of collected tensors (T, ...).
     """
-    # The states at a row's own end are read from the states over time.
+    # The states at the end of a row are read from the states stacked over time.
     stacks = int(return_sequences)
     if lengths is not None:
         stacks = len(states) if wants_states else 1
@@ -64,11 +66,15 @@ def time_loop(
 
 
 def _differentiated(loop, derivative, projected, states, weights, stacks, wants_last):
-    """The stacked and the last states of a loop, with the gradient by `derivative`.
+    """Runs a loop whose gradient is that of `derivative`.
 
     Args:
+        loop, derivative, projected, states, weights: As in `time_loop`.
         stacks: The number of stacked states.
         wants_last: Whether last states are returned.
+
+    Returns:
+        The list of stacked states (T, B, U) and the list of last states (B, U).
     """
     in_loop = weights.in_loop()
     count = len(states)
@@ -83,7 +89,7 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
         return [*sequences[:stacks], *(last if wants_last else [])]
 
     def plain(*arguments):
-        """The loop as the backend can differentiate it, any number of times."""
+        """Runs the loop so that the backend can differentiate it repeatedly."""
         sequences, last, _, _ = forward.run(loop, *named(arguments), stacks)
         return flat(sequences, last)
 

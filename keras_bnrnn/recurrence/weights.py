@@ -1,19 +1,19 @@
-"""The tensors of one recurrence."""
+"""Holds the tensors of one recurrence."""
 
 import typing
 
 
 class Weights(typing.NamedTuple):
-    """The tensors of one recurrence: a cell's own weights, or its folded ones.
+    """The tensors of one recurrence: the trained or the folded weights of a cell.
 
     Attributes:
-        kernel: (D, G*U).
-        recurrent_kernel: (U, G*U).
-        bias: (G*U,), added to the input projection; `None` for 0.
-        more: Dict of the tensors that a cell adds, by the names it gives them; `None`
-            for a weight that the cell does not have.
-        recurrent_dropout_mask: (B, U), multiplies the output on its way to a recurrent
-            product; or `None`.
+        kernel: Tensor (D, G*U).
+        recurrent_kernel: Tensor (U, G*U).
+        bias: Tensor (G*U,), added to the input projection. `None` (default) for 0.
+        more: Dict from names to the other tensors of the cell. A value is `None` if the
+            cell does not have the weight.
+        recurrent_dropout_mask: Tensor (B, U) that multiplies the output before a
+            recurrent product. Default: `None`.
     """
 
     kernel: typing.Any
@@ -23,13 +23,13 @@ class Weights(typing.NamedTuple):
     recurrent_dropout_mask: typing.Any = None
 
     def in_loop(self):
-        """Dict of the tensors in which a time loop is differentiable, by name."""
+        """Returns the dict of the tensors that a time loop differentiates, by name."""
         tensors = {"recurrent_kernel": self.recurrent_kernel, "bias": self.bias}
         tensors |= self.more
         return {name: value for name, value in tensors.items() if value is not None}
 
     def replaced(self, tensors):
-        """The same weights with other tensors for those that `in_loop` gives."""
+        """Returns these weights with the tensors of `in_loop` replaced."""
         named = dict(tensors)
         fields = {
             name: named.pop(name)
@@ -39,6 +39,6 @@ class Weights(typing.NamedTuple):
         return self._replace(more={**self.more, **named}, **fields)
 
     def dropped(self, output):
-        """The output as recurrent products see it."""
+        """Applies recurrent dropout to an output (B, ..., U)."""
         mask = self.recurrent_dropout_mask
         return output if mask is None else output * mask
