@@ -723,13 +723,15 @@ def test_the_xla_program_is_two_loops_whatever_the_length(kind, normalize, rng):
     # Over all frames: the input projection, its gradients in x and in the kernel,
     # and no more. Sequence-wise statistics from moments add what is of size (D, D):
     # the covariance, its product with the kernel, and a gradient of each. The mean of
-    # the projection, that of the frames times the kernel, is a sum.
+    # the projection, that of the frames times the kernel, is a sum. They are also in a
+    # condition, with the same three products in its other branch, for moments that
+    # cancel.
     outside = [line for line in outside if features in shapes_in(line)]
     of_moments = [line for line in outside if "[37,37]" in line]
-    assert len(outside) - len(of_moments) == 3
-    sequence_wise = normalize == "input"
     cheaper = moments_are_cheaper(shape, layer.cell.kernel.shape[-1])
-    assert len(of_moments) == (4 if sequence_wise and cheaper else 0)
+    by_moments = normalize == "input" and cheaper
+    assert len(outside) - len(of_moments) == (6 if by_moments else 3)
+    assert len(of_moments) == (4 if by_moments else 0)
 
 
 def products(hlo):
