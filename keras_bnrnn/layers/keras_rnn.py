@@ -99,6 +99,54 @@ class TriedCell:
         super().reset_dropout_mask()
 
 
+class LoopLayer(keras.layers.RNN):
+    """`keras.layers.RNN` with a time loop of its own, `inner_loop`.
+
+    `keras.layers.RNN.call` prepares the initial states, calls `inner_loop` once,
+    assigns the states of a stateful layer, and returns what the arguments ask for.
+
+    Attributes:
+        drops_states: Whether the caller of `inner_loop` uses none of the states but the
+            first one.
+    """
+
+    drops_states = False
+
+    def __init__(self, cell, **arguments):
+        super().__init__(cell, **arguments)
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+        # Keras 3.16 sets it to False in `RNN`. The next layer would then count padding.
+        self.supports_masking = True
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        require_timesteps(sequences, self.name)
+        # `TimeDistributed` calls `call` itself, without the cast of `__call__`.
+        sequences = ops.cast(sequences, self.compute_dtype)
+        self.cell.drops_nothing = not training
+        self.drops_states = training and not (self.return_state or self.stateful)
+        try:
+            return super().call(
+                sequences, initial_state=initial_state, mask=mask, training=training
+            )
+        finally:
+            self.cell.drops_nothing = self.drops_states = False
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        """Runs the time loop.
+
+        Args:
+            sequences: Tensor (B, T, D).
+            initial_state: List of tensors (B, U).
+            mask: Boolean tensor (B, T), a list of one, or `None`.
+            training: Boolean.
+
+        Returns:
+            The last output (B, U), the outputs (B, T, U) in the order of processing,
+            or (B, 1, U) without `return_sequences`, and the list of states.
+        """
+        raise NotImplementedError
+
+
 def is_inside_rnn_call():
     """Returns whether `keras.layers.RNN.call` is on the call stack."""
     code = inspect.unwrap(keras.layers.RNN.call).__code__
@@ -117,3 +165,22 @@ def refuse_replicas(cell):
             f"layer of the cell, such as `BNLSTM`. Received: {type(cell).__name__} "
             f"{cell.name!r} on {count} replicas"
         )
+
+
+def require_timesteps(sequences, name):
+    """Raises an error for sequences without a timestep, as the stock layers do.
+
+    Args:
+        sequences: Tensor of shape (B, T, D). If T is not static, the graph checks it
+            when it runs, but not under XLA.
+        name: Name of the layer.
+    """
+    timesteps = sequences.shape[1]
+    message = (
+        "`sequences` must have at least one timestep. "
+        f"Received: sequences of shape (batch, 0, features) in layer {name!r}"
+    )
+    if timesteps == 0:
+        raise ValueError(message)
+    if timesteps is None and not keras.utils.is_keras_tensor(sequences):
+        backend.require_positive(ops.shape(sequences)[1], message)

@@ -9,6 +9,7 @@ from keras_bnrnn import backend
 from keras_bnrnn.frames import Frames, at_end
 from keras_bnrnn.layers.arguments import check_use_cudnn, names_of
 from keras_bnrnn.layers.cell import changed_methods, derivative_of
+from keras_bnrnn.layers.keras_rnn import LoopLayer
 from keras_bnrnn.layers.normalizers import (
     BatchNormalizer,
     PopulationNormalizer,
@@ -19,7 +20,7 @@ from keras_bnrnn.recurrence import Loop, Schedule, time_loop
 from keras_bnrnn.sequence_batch_norm import check_mask
 
 
-class BNRNN(keras.layers.RNN):
+class BNRNN(LoopLayer):
     """A layer of one `BNCell` that projects all timesteps in one product.
 
     A new kind of layer declares its cell:
@@ -45,7 +46,6 @@ class BNRNN(keras.layers.RNN):
     cell_class = None
     stock_layer = None
     _fused = None
-    _drops_states = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -56,12 +56,9 @@ class BNRNN(keras.layers.RNN):
 
     def __init__(self, cell=None, use_cudnn=False, **arguments):
         check_use_cudnn(use_cudnn)
-        if cell is None:
+        if cell is None and self.cell_class is not None:
             cell, arguments = self._make_cell(arguments)
         super().__init__(cell, **arguments)
-        self.input_spec = keras.layers.InputSpec(ndim=3)
-        # Keras 3.16 sets it to False in `RNN`. The next layer would then count padding.
-        self.supports_masking = True
         self.use_cudnn = use_cudnn
         if self._why_not_fused(training=True) is None:
             self.supports_jit = False  # as in Keras' layer: XLA has no fused kernel
@@ -100,19 +97,6 @@ class BNRNN(keras.layers.RNN):
                 self.cell.fused, self.units, self.dtype_policy
             )
             self._fused.build(sequences_shape)
-
-    def call(self, sequences, initial_state=None, mask=None, training=False):
-        require_timesteps(sequences, self.name)
-        # `TimeDistributed` calls `call` itself, without the cast of `__call__`.
-        sequences = ops.cast(sequences, self.compute_dtype)
-        self.cell.drops_nothing = not training
-        self._drops_states = training and not (self.return_state or self.stateful)
-        try:
-            return super().call(
-                sequences, initial_state=initial_state, mask=mask, training=training
-            )
-        finally:
-            self.cell.drops_nothing = self._drops_states = False
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         backend.require_time_loop()
@@ -196,7 +180,7 @@ class BNRNN(keras.layers.RNN):
             weights,
             lengths=frames.lengths,
             return_sequences=self.return_sequences,
-            wants_states=not self._drops_states,
+            wants_states=not self.drops_states,
             derivative=None if in_loop else derivative_of(cell),
         )
         cell.learn(moments, in_loop)
@@ -218,7 +202,7 @@ class BNRNN(keras.layers.RNN):
         # The kernel returns the output of each frame, but other states only at the end
         # of the lengths that it receives. These lengths must not be 0.
         tells_lengths = (
-            lengths is not None and len(states) > 1 and not self._drops_states
+            lengths is not None and len(states) > 1 and not self.drops_states
         )
         outputs, last = self._fused(
             x,
@@ -350,22 +334,3 @@ class BNRNN(keras.layers.RNN):
 def _of_cell(name):
     """Returns a property that reads an attribute of the layer's cell."""
     return property(lambda layer: getattr(layer.cell, name))
-
-
-def require_timesteps(sequences, name):
-    """Raises an error for sequences without a timestep, as the stock layers do.
-
-    Args:
-        sequences: Tensor of shape (B, T, D). If T is not static, the graph checks it
-            when it runs, but not under XLA.
-        name: Name of the layer.
-    """
-    timesteps = sequences.shape[1]
-    message = (
-        "`sequences` must have at least one timestep. "
-        f"Received: sequences of shape (batch, 0, features) in layer {name!r}"
-    )
-    if timesteps == 0:
-        raise ValueError(message)
-    if timesteps is None and not keras.utils.is_keras_tensor(sequences):
-        backend.require_positive(ops.shape(sequences)[1], message)
