@@ -42,7 +42,7 @@ class Frames:
         # `_t` is the t of the last valid frame so far, -1 before the first one.
         self._processed = ops.flip(mask, axis=1) if backwards else mask
         self._t = ops.cumsum(ops.cast(self._processed, "int32"), axis=1) - 1
-        self.lengths = self._t[:, -1] + 1
+        self.lengths = ops.sum(ops.cast(mask, "int32"), axis=1)
         positions = ops.arange(timesteps, dtype="int32")
         self._rows = ops.arange(batch, dtype="int32")[:, None]
         is_valid = positions < self.lengths[:, None]
@@ -211,4 +211,4 @@ def _taken(x, index, shown, lead):
 
 def _flat(x, lead):
     """Merges the first `lead` axes of `x` into one."""
-    return ops.reshape(x, (-1, *x.shape[2:])) if lead == 2 else x
+    return ops.reshape(x, (-1, *ops.shape(x)[2:])) if lead == 2 else x

@@ -65,7 +65,8 @@ def with_normalization_arguments(cls):
 
     The signature of `__init__` shows each normalisation argument with its default.
     """
-    cls.__doc__ = cls.__doc__.replace("{normalization}", DOCS)
+    if cls.__doc__:  # `python -OO` drops docstrings
+        cls.__doc__ = cls.__doc__.replace("{normalization}", DOCS)
     own = inspect.signature(cls.__init__)
     *spelled, rest = own.parameters.values()
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -112,7 +113,10 @@ def names_of(cls):
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 passes_on = True
-            elif parameter.name not in names:
+            elif (
+                parameter.kind is not inspect.Parameter.VAR_POSITIONAL
+                and parameter.name not in names
+            ):
                 names.append(parameter.name)
         if not passes_on:
             break

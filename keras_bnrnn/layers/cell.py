@@ -13,7 +13,7 @@ from keras_bnrnn.layers.arguments import (
 from keras_bnrnn.layers.keras_rnn import TrialStep, TriedCell, refuse_replicas
 from keras_bnrnn.layers.normalizers import BatchNormalizer, PopulationNormalizer
 from keras_bnrnn.recurrence import Weights
-from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
+from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm, check_flag
 
 
 @with_normalization_arguments
@@ -61,11 +61,14 @@ class BNCell(TriedCell):
         normalization = {
             name: arguments.pop(name, default) for name, default in DEFAULTS.items()
         }
-        super().__init__(units=units, **arguments)
-        self.normalize = normalization.pop("normalize")
-        check_normalize(self.normalize, normalization["synchronized"])
+        # Before the stock cell clamps them or fails on them.
         for name in ("dropout", "recurrent_dropout"):
             check_rate(name, arguments.get(name, 0.0))
+        check_flag("use_bias", arguments.get("use_bias", True))
+        # Stock cells take no integers of NumPy.
+        super().__init__(units=int(units), **arguments)
+        self.normalize = normalization.pop("normalize")
+        check_normalize(self.normalize, normalization["synchronized"])
         self.trial = TrialStep()
         # All gates share one mask, so the recurrent product stays one product.
         self.dropout_mask_count = None
@@ -296,7 +299,15 @@ class BNCell(TriedCell):
 NORM_OF_SITE = {"input": "input_norm", "joint": "input_norm"}
 
 # The methods that determine the outputs of a cell or layer.
-FUNCTION = ("step", "call", "inner_loop", "build", "own_weights", "folded_weights")
+FUNCTION = (
+    "step",
+    "loop_kernel",
+    "call",
+    "inner_loop",
+    "build",
+    "own_weights",
+    "folded_weights",
+)
 
 
 def changed_methods(layer, declaration):
@@ -323,12 +334,22 @@ def changed_methods(layer, declaration):
 def derivative_of(cell):
     """Returns the `StepDerivative` of a cell's step, or `None` if there is none.
 
-    A subclass that overrides `step` but not `derivative` has none: the inherited one is
-    the derivative of other equations.
+    A subclass that overrides `step` or `loop_kernel` but not `derivative` has none: the
+    inherited one is the derivative of other equations.
     """
+    return cell.derivative() if _describes_the_step(cell, "derivative") else None
+
+
+def is_bounded(cell):
+    """Returns `cell.is_bounded()`, or `False` if a subclass overrides the equations."""
+    return _describes_the_step(cell, "is_bounded") and cell.is_bounded()
+
+
+def _describes_the_step(cell, method):
+    """Returns whether no subclass overrides the equations below `method`."""
     classes = type(cell).__mro__
 
     def depth(name):
         return next(i for i, cls in enumerate(classes) if name in vars(cls))
 
-    return None if depth("step") < depth("derivative") else cell.derivative()
+    return depth(method) <= min(depth("step"), depth("loop_kernel"))

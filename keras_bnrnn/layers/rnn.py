@@ -8,7 +8,7 @@ from keras import ops
 from keras_bnrnn import backend
 from keras_bnrnn.frames import Frames, at_end
 from keras_bnrnn.layers.arguments import check_use_cudnn, names_of
-from keras_bnrnn.layers.cell import changed_methods, derivative_of
+from keras_bnrnn.layers.cell import BNCell, changed_methods, derivative_of, is_bounded
 from keras_bnrnn.layers.keras_rnn import LoopLayer
 from keras_bnrnn.layers.normalizers import (
     BatchNormalizer,
@@ -58,6 +58,13 @@ class BNRNN(LoopLayer):
         check_use_cudnn(use_cudnn)
         if cell is None and self.cell_class is not None:
             cell, arguments = self._make_cell(arguments)
+        if not isinstance(cell, BNCell):
+            raise ValueError(f"`cell` must be a `BNCell`. Received: cell={cell!r}")
+        if use_cudnn is not False and cell.fused is None:
+            raise ValueError(
+                "`use_cudnn` must be False: no fused kernel has the equations of "
+                f"{type(cell).__name__}. Received: use_cudnn={use_cudnn!r}"
+            )
         super().__init__(cell, **arguments)
         self.use_cudnn = use_cudnn
         if self._why_not_fused(training=True) is None:
@@ -94,7 +101,7 @@ class BNRNN(LoopLayer):
         super().build(sequences_shape, initial_state_shape)
         if self._why_not_fused() is None:
             self._fused = backend.FusedKernel(
-                self.cell.fused, self.units, self.dtype_policy
+                self.cell.fused, self.cell.units, self.dtype_policy
             )
             self._fused.build(sequences_shape)
 
@@ -102,16 +109,19 @@ class BNRNN(LoopLayer):
         backend.require_time_loop()
         cell = self.cell
         fused = self._fused_kernel(training)
+        # The states of a stateful layer are variables, which this call changes before
+        # an eager gradient would read them.
+        initial_state = [ops.copy(state) for state in initial_state]
+        dropout_mask, recurrent_dropout_mask = self._take_dropout_masks(
+            sequences, initial_state, training
+        )
         frames = self._frames(sequences, mask, time_major=fused is None)
         x = frames.arrange(sequences)
-        if training and cell.dropout:
-            dropout_mask = cell.get_dropout_mask(sequences[:, 0, :])  # (B, D)
+        if dropout_mask is not None:
             x = x * ops.expand_dims(dropout_mask, 1 if fused else 0)
         learns = cell.learns(training)
         weights = cell.own_weights() if learns else cell.folded_weights()
-        if training and cell.recurrent_dropout:
-            dropout_mask = cell.get_recurrent_dropout_mask(initial_state[0])
-            weights = weights._replace(recurrent_dropout_mask=dropout_mask)
+        weights = weights._replace(recurrent_dropout_mask=recurrent_dropout_mask)
 
         run = self._run_loop if fused is None else self._run_fused
         outputs, states = run(frames, x, initial_state, weights, learns, training)
@@ -120,6 +130,23 @@ class BNRNN(LoopLayer):
         if self.return_sequences:
             return last, frames.restore(outputs, repeat), states
         return last, last[:, None, :], states
+
+    def _take_dropout_masks(self, sequences, initial_state, training):
+        """Returns the dropout masks (B, D) and (B, U), or `None` without dropout.
+
+        The cell forgets them at once. The replicas of a strategy share the cell, and
+        the next one runs as soon as this one sums over replicas. A call that fails
+        must not leave a mask to the next call.
+        """
+        cell = self.cell
+        masks = [None, None]
+        if training and cell.dropout:
+            masks[0] = cell.get_dropout_mask(sequences[:, 0, :])
+        if training and cell.recurrent_dropout:
+            masks[1] = cell.get_recurrent_dropout_mask(initial_state[0])
+        cell.reset_dropout_mask()
+        cell.reset_recurrent_dropout_mask()
+        return masks
 
     def _run_loop(self, frames, x, initial_state, weights, learns, training):
         """Computes the input projection and runs the time loop.
@@ -171,7 +198,7 @@ class BNRNN(LoopLayer):
                 cell.loop_kernel,
                 valid=frames.valid,
                 step_reads_valid=bool(in_loop),
-                bounded=cell.is_bounded(),
+                bounded=is_bounded(cell),
                 collected=collected,
                 schedule=Schedule(self.unroll, training, cell.reads_ahead),
             ),
@@ -223,6 +250,8 @@ class BNRNN(LoopLayer):
     def _fused_kernel(self, training):
         """Returns the kernel for a call, or `None` for the time loop."""
         reason = self._why_not_fused(training)
+        if reason is None and backend.compiled_by_xla():
+            reason = "XLA compiles the call, and has no such kernel"
         if reason is None and self._fused is not None:
             return self._fused
         if self.use_cudnn is True:
@@ -302,7 +331,7 @@ class BNRNN(LoopLayer):
                 step,
                 cell.loop_kernel,
                 valid=frames.valid,
-                bounded=cell.is_bounded(),
+                bounded=is_bounded(cell),
                 collected=[((sequences.shape[0], width), dtype)],
             ),
             ops.matmul(x, ops.cast(weights.kernel, dtype)),
@@ -315,14 +344,14 @@ class BNRNN(LoopLayer):
     def get_config(self):
         config = super().get_config()
         if self.cell_class is None:
-            return config
+            return {**config, "use_cudnn": self.use_cudnn}
         del config["cell"]
         cell_config = self.cell.get_config()
         for shared in ("name", "trainable", "dtype"):
             del cell_config[shared]
         regularizer = keras.regularizers.serialize(self.activity_regularizer)
         config = {**config, "activity_regularizer": regularizer, **cell_config}
-        if "use_cudnn" in names_of(type(self)):
+        if self.cell.fused is not None:
             config["use_cudnn"] = self.use_cudnn
         return config
 

@@ -62,6 +62,10 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
     kernel = loop.kernel(weights)
     clears = loop.valid is not None and not loop.bounded
     reads_valid = loop.valid is not None and (loop.step_reads_valid or clears)
+    if clears:
+        # An activation may be singular at 0, so the step reads the row's first frame
+        # there.
+        projected = ops.where(loop.valid, projected, projected[:1])
     specs = [(state.shape, state.dtype) for state in states[:stacks]]
     if keep is not None:
         specs.append(((*projected.shape[1:-1], keep[1]), projected.dtype))

@@ -259,3 +259,16 @@ def test_xla_is_given_up_only_where_training_has_a_kernel(kind, gpu):
         {"use_cudnn": False},
     ):
         assert cls(U, **arguments).supports_jit
+
+
+@EACH
+@pytest.mark.parametrize("arguments", [{"statistics": "frame"}, {"normalize": "joint"}])
+def test_no_kernel_where_xla_compiles(kind, arguments, rng, gpu, handed_over):
+    """`supports_jit` is True for training in the loop: inference is compiled, too."""
+    layer = KINDS[kind][0](U, **arguments)
+    x = tf.constant(rng.normal(size=(B, T, D)), "float32")
+    layer.build(x.shape)
+    expected = layer(x)
+    assert len(handed_over) == 1
+    assert gap(tf.function(layer, jit_compile=True)(x), expected) <= 1e-6
+    assert len(handed_over) == 1

@@ -6,6 +6,8 @@ import inspect
 import json
 import pkgutil
 import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ import tensorflow as tf
 from helpers import KINDS, gap, random_mask, randomize
 
 import keras_bnrnn
+from keras_bnrnn.layers import BNRNN
 from keras_bnrnn.projection import moments_are_cheaper
 
 B, T, D, U = 6, 5, 3, 4
@@ -890,3 +893,72 @@ def test_docstring_examples():
                 assert runner.run(test).failed == 0, test.name
     of_layers = {cls.__name__ for cls, _ in KINDS.values()}
     assert with_examples >= of_layers | {"SequenceBatchNorm", "fold", "recalibrate"}
+
+
+@EACH
+@pytest.mark.parametrize("graph", [False, True])
+def test_gradients_of_a_stateful_layer_are_those_of_its_states(kind, graph, rng):
+    """The call changes the states before the gradient is taken."""
+    cls = KINDS[kind][0]
+    stateful, given = cls(U, stateful=True), cls(U)
+    for layer in (stateful, given):
+        layer.build((B, T, D))
+    randomize(stateful, rng)
+    given.set_weights(stateful.get_weights())
+    states = [rng.normal(size=(B, U)).astype("float32") for _ in stateful.states]
+    x = tf.constant(frames(rng, B, T, D))
+
+    def gradients(layer, **call):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(layer(x, **call)))
+        return tape.gradient(loss, [w.value for w in layer.trainable_variables])
+
+    run = tf.function(gradients) if graph else gradients
+    for state, value in zip(stateful.states, states, strict=True):
+        state.assign(value)
+    found = run(stateful)
+    for a, b in zip(found, gradients(given, initial_state=states), strict=True):
+        assert gap(a, b) <= 1e-5
+
+
+@EACH
+def test_a_refused_call_leaves_no_dropout_mask(kind, rng):
+    layer = KINDS[kind][0](U, dropout=0.5, recurrent_dropout=0.5)
+    x = frames(rng, B, T, D)
+    with pytest.raises(ValueError, match="`mask`"):
+        layer(x, mask=np.ones((B, T + 1), bool), training=True)
+    assert layer(x[:2], training=True).shape == (2, U)
+
+
+def test_arguments_of_the_base_layer():
+    with pytest.raises(ValueError, match=r"`cell`.*None"):
+        BNRNN()
+    with pytest.raises(ValueError, match=r"`cell` must be a `BNCell`.*LSTMCell"):
+        BNRNN(keras.layers.LSTMCell(3))
+    with pytest.raises(
+        ValueError, match=r"`use_cudnn`.*BNSimpleRNNCell.*use_cudnn=True"
+    ):
+        KINDS["simple_rnn"][0](U, use_cudnn=True)
+    assert "use_cudnn" not in KINDS["simple_rnn"][0](U).get_config()
+
+
+@EACH
+def test_units_may_be_an_integer_of_numpy(kind):
+    layer = KINDS[kind][0](np.int64(3))
+    assert type(layer.get_config()["units"]) is int
+    layer.build((None, T, D))
+
+
+@EACH
+@pytest.mark.parametrize(
+    "arguments", [{"use_bias": "no"}, {"recurrent_dropout": "a"}], ids=str
+)
+def test_bad_arguments_are_named_before_keras_fails(kind, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"`{name}`.*{name}='{value}'"):
+        KINDS[kind][0](U, **arguments)
+
+
+def test_import_without_docstrings():
+    code = "import keras_bnrnn"
+    subprocess.run([sys.executable, "-OO", "-c", code], check=True, capture_output=True)

@@ -228,3 +228,65 @@ def test_an_error_in_an_rnn_ends_its_trial_step(rng):
     cell(x[:, 0], state, training=True)
     cell(x[:, 0], state, training=True)
     assert float(cell.input_norm.update_count) == count + 2
+
+
+def test_another_loop_kernel_is_differentiated_and_kept(rng):
+    @keras.saving.register_keras_serializable(package="tests")
+    class SparseCell(BNSimpleRNNCell):
+        def loop_kernel(self, weights):
+            kernel = weights.recurrent_kernel
+            return kernel * ops.cast(kernel > 0, kernel.dtype)
+
+    @keras.saving.register_keras_serializable(package="tests")
+    class Sparse(BNSimpleRNN):
+        cell_class = SparseCell
+
+    layer = Sparse(U)
+    layer.build((None, T, D))
+    randomize(layer, rng)
+    x = tf.constant(rng.normal(size=(8, T, D)), "float32")
+    kernel = layer.cell.recurrent_kernel
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.square(layer(x)))
+    gradient = np.asarray(tape.gradient(loss, kernel.value))
+    assert np.abs(gradient).max() > 0
+    assert not gradient[np.asarray(kernel) <= 0].any()
+    model = keras.Sequential([keras.Input((T, D)), layer])
+    with pytest.warns(UserWarning, match="SparseCell.loop_kernel"):
+        assert gap(fold(model)(x), model(x)) <= 1e-6
+
+
+def test_another_step_may_not_be_bounded(rng):
+    """A subclass inherits no promise that its states stay finite."""
+
+    class GrowingCell(BNSimpleRNNCell):
+        def step(self, projected, recurrent, states, weights, norm):
+            (h,) = super().step(projected, recurrent, states, weights, norm)
+            return [3.0 * states[0] + h]
+
+    class Growing(BNSimpleRNN):
+        cell_class = GrowingCell
+
+    layer = Growing(U)
+    x = tf.constant(rng.normal(size=(2, 300, D)), "float32")
+    mask = np.arange(300) < np.array([[4], [2]])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, mask=mask)
+    assert np.isfinite(y).all()
+    assert np.isfinite(tape.gradient(y, x)).all()
+
+
+def test_an_activation_may_be_singular_at_zero(rng):
+    def unit(a):
+        return a / ops.norm(a, axis=-1, keepdims=True)
+
+    x = tf.constant(rng.normal(size=(3, T, D)), "float32")
+    mask = np.arange(T) < np.array([[4], [2], [T]])
+    for cls in (BNLSTM, BNGRU, BNSimpleRNN):
+        layer = cls(U, activation=unit)
+        with tf.GradientTape() as tape:
+            y = layer(x, mask=mask)
+        weights = [w.value for w in layer.trainable_variables]
+        for value in [y, *tape.gradient(y, weights)]:
+            assert np.isfinite(value).all()
