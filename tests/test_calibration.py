@@ -198,6 +198,7 @@ def test_time_distributed(rng):
     check_input_layer(layer, x.reshape(N, -1, D), None)
 
 
+@pytest.mark.slow(but=["gru"])
 @EACH
 def test_joint(kind, rng):
     """Self-consistent: running with the statistics gives these very statistics."""
@@ -447,6 +448,7 @@ def states_of(model):
 # What else changes, and what does not
 
 
+@pytest.mark.slow(but=["lstm"])
 @EACH
 def test_stateful_layers_keep_their_states(kind, rng):
     layer = ours(kind, stateful=True, normalize="joint")

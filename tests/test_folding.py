@@ -513,6 +513,7 @@ assert not any(name.startswith("keras_bnrnn.") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_folded_model_loads_where_the_package_is_not(rng, tmp_path):
     a, b = keras.Input((None, D)), keras.Input((None, D))
     inner = keras.Sequential([keras.Input((None, D)), ours("simple_rnn")])

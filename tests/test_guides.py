@@ -197,6 +197,7 @@ def reader(tmp_path, monkeypatch):
         reader.server.wait(10)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_example_runs_from_end_to_end(reader, capfd):
     reader.read("README.md")

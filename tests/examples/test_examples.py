@@ -246,6 +246,7 @@ def test_the_last_model_is_exported_with_text(example, treebank, tmp_path, capsy
     assert tokens == ["w3", "w4", "<unk>", "w5"]
 
 
+@pytest.mark.slow(but=["joint-3"])
 @pytest.mark.filterwarnings("ignore:.*did not settle")  # of weights by chance
 @pytest.mark.parametrize(("normalize", "count"), [("input", 30), ("joint", 3)])
 def test_statistics_are_of_the_training_text(

@@ -484,6 +484,7 @@ def test_killed_in_the_middle_of_an_export(rng, tmp_path):
     assert tf.saved_model.load(second).signatures
 
 
+@pytest.mark.slow
 def test_an_export_that_is_still_running_is_left_alone(rng, tmp_path):
     directory = tmp_path / "m"
     with subprocess.Popen(

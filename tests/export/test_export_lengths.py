@@ -55,7 +55,7 @@ def example(model, rng, rows=4, timesteps=6):
     return rng.normal(size=(rows, timesteps, 3)).astype("float32")
 
 
-@pytest.mark.slow(but=["fixed-False", "masking-True", "free-True"])
+@pytest.mark.slow(but=["fixed-False", "masking-True"])
 @pytest.mark.parametrize(
     ("kind", "automatic"),
     [
@@ -85,7 +85,7 @@ def test_automatic(kind, automatic, rng, tmp_path):
     assert manifest["checks"]["warmup_requests"] == 1
 
 
-@pytest.mark.slow(but=["fixed", "free"])
+@pytest.mark.slow(but=["free"])
 @pytest.mark.parametrize("kind", ["fixed", "masking", "free"])
 def test_lengths_by_choice(kind, rng, tmp_path):
     """Without `lengths`, what counts is what counts in Keras."""

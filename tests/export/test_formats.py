@@ -118,6 +118,7 @@ def test_docstring_examples(kind, tmp_path):
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
+@pytest.mark.slow(but=["litert-simple_rnn", "litert-gru", "onnx-lstm"])
 @pytest.mark.parametrize("layer", KINDS)
 def test_each_layer(kind, layer, rng, tmp_path):
     model = sequential(rng, KINDS[layer][0](4, return_sequences=True, name="states"))
@@ -193,6 +194,7 @@ def test_masks_by_value(kind, rng, tmp_path):
     assert gap(found[1:2], model(x[1:2, :2], training=False)) < TOLERANCE
 
 
+@pytest.mark.slow(but=["litert"])
 def test_several_inputs_and_outputs(kind, rng, tmp_path):
     ids = keras.Input((None,), dtype="int32", name="ids")
     frames = keras.Input((None, 5), name="frames")
@@ -220,6 +222,7 @@ def test_several_inputs_and_outputs(kind, rng, tmp_path):
         assert operations(path)["UNIDIRECTIONAL_SEQUENCE_LSTM"] == 1
 
 
+@pytest.mark.slow(but=["onnx"])
 def test_fixed_sizes(kind, rng, tmp_path):
     model = keras.Sequential(
         [
@@ -342,6 +345,7 @@ def test_no_warnings_but_those_about_the_model(kind, tmp_path):
     assert path.exists()
 
 
+@pytest.mark.slow(but=["onnx"])
 def test_a_peephole_layer_is_kept(kind, rng, tmp_path):
     model = sequential(rng, keras_bnrnn.BNLSTM(4, peephole=True))
     with pytest.warns(UserWarning, match="peepholes"):
@@ -349,6 +353,7 @@ def test_a_peephole_layer_is_kept(kind, rng, tmp_path):
     assert_answers(kind, model, path, rng)
 
 
+@pytest.mark.slow(but=["litert"])
 def test_wrong_numbers_are_not_published(kind, rng, tmp_path, monkeypatch):
     # Both converters get the loop of Keras' TimeDistributed over a free T wrong.
     monkeypatch.setattr(conversion, "_run_on_all_frames", lambda layer: None)

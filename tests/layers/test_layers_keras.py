@@ -210,6 +210,7 @@ def test_fit(kind, jit_compile, variant, rng):
     check_learns(model, toy_task(rng), jit_compile=jit_compile)
 
 
+@pytest.mark.slow(but=["gru"])
 @EACH
 def test_fit_run_eagerly(kind, rng):
     model = toy_model(kind, normalize="joint")
@@ -300,6 +301,7 @@ def test_bidirectional_with_a_backward_layer_fits(rng):
     assert gap(layer(x)[..., 4:], half) <= 1e-6
 
 
+@pytest.mark.slow(but=["lstm"])
 @EACH
 def test_masks_of_embedding_and_masking(kind, rng):
     """Padding has no effect: each row alone, cut to its length, says the same."""
@@ -336,6 +338,7 @@ def test_masks_of_embedding_and_masking(kind, rng):
             assert gap(a, b) <= 1e-6
 
 
+@pytest.mark.slow(but=["simple_rnn"])
 @EACH
 def test_time_distributed(kind, rng):
     layer = make(kind, rng)
@@ -403,6 +406,7 @@ def test_stateful_fit(rng):
     assert np.all(np.asarray(model.layers[0].states[1]) == 0)
 
 
+@pytest.mark.slow(but=["lstm"])
 @EACH
 def test_encoder_decoder(kind, rng, tmp_path):
     """States returned by one layer start another, as Keras tensors."""
@@ -528,6 +532,7 @@ def test_the_recurrent_dropout_mask_is_constant_over_time(kind, arguments, rng):
 # Weights and saving
 
 
+@pytest.mark.slow(but=["gru"])
 @EACH
 def test_saved_and_cloned_models_go_on_the_same(kind, rng, tmp_path):
     def loaded_weights(model):

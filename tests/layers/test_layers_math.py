@@ -501,6 +501,7 @@ def test_training_moves_on_from_set_statistics(momentum, earlier_steps, rng, flo
 # 7. A mean far from zero
 
 
+@pytest.mark.slow(but=["False-(64, 50, 3)-sequence", "True-(200, 1000, 2)-frame"])
 @each_statistics
 @pytest.mark.parametrize("shape", [(64, 50, 3), (200, 1000, 2)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
@@ -532,6 +533,7 @@ def test_variance_far_from_zero_in_a_layer(kind, normalization, rng):
     assert gap(layer.input_norm.moving_variance, variance) < 1e-3
 
 
+@pytest.mark.slow(but=["input-simple_rnn", "input-gru", "joint-lstm"])
 @each_kind
 @each_normalize
 def test_variance_far_from_zero_in_a_cell(kind, normalize, rng):

@@ -136,6 +136,7 @@ def model_of(normalize):
     )
 
 
+@pytest.mark.slow(but=["joint"])
 def test_it_trains_recalibrates_saves_exports_and_streams(normalize, rng, tmp_path):
     x = rng.normal(2.0, 1.5, size=(40, T, D)).astype("float32")
     y = x[:, :, 0].mean(1, keepdims=True)

@@ -92,7 +92,7 @@ def results(layer, mode, *arguments):
             weight.assign(value)
 
 
-@pytest.mark.slow(but=["lstm-peephole", "gru"])
+@pytest.mark.slow(but=["lstm-peephole"])
 @EACH
 def test_every_path_agrees_with_the_loop_that_tensorflow_differentiates(
     kind, variant, rng, monkeypatch
@@ -132,6 +132,7 @@ def test_every_path_agrees_with_the_loop_that_tensorflow_differentiates(
             assert gap(a, b) <= 1e-11
 
 
+@pytest.mark.slow(but=["lstm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_recurrent_dropout_in_the_gradient(kind, rng, monkeypatch):
     """The same mask twice: what is dropped forward is dropped backward."""

@@ -46,6 +46,17 @@ def record(client, monkeypatch):
 
 @protocols
 class TestClient:
+    @pytest.mark.slow(
+        but=[
+            "0-4-rest",
+            "1-4-grpc",
+            "4-4-rest",
+            "5-10-grpc",
+            "10-10-rest",
+            "11-20-rest",
+            "21-30-rest",
+        ]
+    )
     @pytest.mark.parametrize(
         "timesteps, sent_timesteps",
         [(0, 4), (1, 4), (4, 4), (5, 10), (10, 10), (11, 20), (21, 30)],
