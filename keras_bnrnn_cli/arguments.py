@@ -17,8 +17,8 @@ def serve(argv=None):
         prog="keras-bnrnn serve",
         description=(
             "Serve SavedModels on this machine over TensorFlow Serving's REST and "
-            "gRPC, for development and tests. Use TensorFlow Serving, which answers "
-            "the same requests, in production."
+            "gRPC. This server is for development and tests: production is TensorFlow "
+            "Serving, which answers the same requests."
         ),
         epilog=(
             "example: keras-bnrnn serve speech=exported/speech, then POST "
