@@ -854,6 +854,26 @@ def compare_replicas():
         strategy.run(lambda: rnn(x, training=True))
 
 
+def compare_dropout(strategy):
+    """Replicas draw masks of their own, for batches of their own size."""
+    with strategy.scope():
+        layer = KINDS["lstm"][0](U, dropout=0.5, recurrent_dropout=0.5)
+        layer.build((None, T, D))
+    x = tf.constant(np.random.default_rng(0).normal(size=(B, T, D)), "float32")
+    for sizes in ((B, B), (B, B - 2)):
+        batches = strategy.experimental_distribute_values_from_function(
+            lambda context, sizes=sizes: x[: sizes[context.replica_id_in_sync_group]]
+        )
+
+        @tf.function
+        def step(batches):
+            return strategy.run(lambda x: layer(x, training=True), [batches])
+
+        first, second = strategy.experimental_local_results(step(batches))
+        assert (len(first), len(second)) == sizes
+        assert gap(first[: B - 2], second[: B - 2]) > 1e-3
+
+
 def compare_nonfinite(strategy):
     """A replica whose batch is not finite is left out; so is all of a shared one."""
     rng = np.random.default_rng(20151005)
