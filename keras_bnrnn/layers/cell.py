@@ -281,19 +281,20 @@ class BNCell(TriedCell):
         return [weights.kernel, weights.recurrent_kernel, bias]
 
     def get_config(self):
-        norm = self.input_norm
-        return {
-            **super().get_config(),
-            "normalize": self.normalize,
-            "statistics": norm.statistics,
-            "population": norm.population,
-            "max_timesteps": norm.max_timesteps,
-            "momentum": norm.momentum,
-            "epsilon": norm.epsilon,
-            "gamma_initializer": keras.initializers.serialize(norm.gamma_initializer),
-            "synchronized": norm.synchronized,
-        }
+        config = {**super().get_config(), "normalize": self.normalize}
+        config |= {name: getattr(self, name) for name in ARGUMENTS_OF_NORM}
+        initializer = keras.initializers.serialize(self.gamma_initializer)
+        return {**config, "gamma_initializer": initializer}
 
+
+def _of_norm(name):
+    """Returns a read-only attribute that the cell's `SequenceBatchNorm` has."""
+    return property(lambda cell: getattr(cell.input_norm, name))
+
+
+ARGUMENTS_OF_NORM = [name for name in DEFAULTS if name != "normalize"]
+for _name in ARGUMENTS_OF_NORM:
+    setattr(BNCell, _name, _of_norm(_name))
 
 # The attribute of a cell that holds the `SequenceBatchNorm` of a site.
 NORM_OF_SITE = {"input": "input_norm", "joint": "input_norm"}

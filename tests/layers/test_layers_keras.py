@@ -948,6 +948,30 @@ def test_arguments_of_the_base_layer():
 
 
 @EACH
+def test_every_argument_is_an_attribute(kind):
+    cls = KINDS[kind][0]
+    given = {
+        "normalize": "joint",
+        "statistics": "frame",
+        "momentum": 0.5,
+        "epsilon": 0.25,
+        "recurrent_dropout": 0.125,
+        "use_bias": False,
+        "go_backwards": True,
+    }
+    for layer, expected in ((cls(U), {}), (cls(U, **given), given)):
+        parameters = inspect.signature(cls).parameters
+        for name in parameters.keys() - {"kwargs"}:
+            value = getattr(layer, name)
+            if name in expected:
+                assert value == expected[name]
+            elif not callable(value) and name != "units":
+                assert value == parameters[name].default, name
+        for name in given.keys() - {"go_backwards"}:
+            assert getattr(layer.cell, name) == getattr(layer, name)
+
+
+@EACH
 def test_units_may_be_an_integer_of_numpy(kind):
     layer = KINDS[kind][0](np.int64(3))
     assert type(layer.get_config()["units"]) is int
