@@ -66,7 +66,7 @@ def fold(model, return_report=False):
         A layer that cannot fold is kept and frozen, and a warning names it. A layer
         cannot fold if it has peepholes, if it is inside a user-defined layer, or if the
         subclass of the layer or its cell overrides a method of the equations: `step`,
-        `call`, `inner_loop`, `build`, `own_weights` or `folded_weights`.
+        `loop_kernel`, `call`, `inner_loop`, `build`, `own_weights` or `folded_weights`.
 
         Outputs agree to 1e-5 for inputs whose mean is not large compared with their
         deviation. Both models compute in float32, which rounds a pre-activation by

@@ -130,24 +130,33 @@ class Frames:
         return self._rows * self._timesteps + t
 
 
-def at_end(sequence, initial, lengths):
+def at_end(sequence, initial, lengths, time_major=True):
     """Selects the states at the end of each row.
 
     Args:
         sequence: Tensor of shape (T, B, U), the states after each timestep.
         initial: Tensor of shape (B, U), the states of rows without a valid frame.
         lengths: int32 tensor (B,).
+        time_major: Whether `sequence` is time-major; otherwise its shape is (B, T, U).
+            Default: `True`.
 
     Returns:
         Tensor of shape (B, U).
     """
-    timesteps, batch = ops.shape(sequence)[:2]
+    first, second = ops.shape(sequence)[:2]
+    timesteps, batch = (first, second) if time_major else (second, first)
     rows = ops.arange(batch, dtype="int32")
+    positions = ops.arange(timesteps, dtype="int32")
     last = ops.maximum(lengths, 1) - 1
-    is_last = ops.arange(timesteps, dtype="int32")[:, None] == last  # (T, B)
     is_any = (lengths > 0)[:, None]
-    index = last * batch + rows
-    inverse = ops.broadcast_to(rows, (timesteps, batch))
+    if time_major:
+        index = last * batch + rows
+        is_last = positions[:, None] == last  # (T, B)
+        inverse = ops.broadcast_to(rows, (timesteps, batch))
+    else:
+        index = rows * timesteps + last
+        is_last = positions == last[:, None]  # (B, T)
+        inverse = ops.broadcast_to(rows[:, None], (batch, timesteps))
     states = _moved(sequence, index, is_any, inverse, is_last[..., None], lead=1)
     return ops.where(is_any, states, initial)
 

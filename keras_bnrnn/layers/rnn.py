@@ -203,7 +203,7 @@ class BNRNN(LoopLayer):
                 schedule=Schedule(self.unroll, training, cell.reads_ahead),
             ),
             projected,
-            list(initial_state),
+            initial_state,
             weights,
             lengths=frames.lengths,
             return_sequences=self.return_sequences,
@@ -224,8 +224,7 @@ class BNRNN(LoopLayer):
                 cell.input_norm, x, weights.kernel, frames.valid
             )
             weights = weights._replace(kernel=kernel, bias=bias)
-        lengths = frames.lengths
-        states = list(initial_state)
+        lengths, states = frames.lengths, initial_state
         # The kernel returns the output of each frame, but other states only at the end
         # of the lengths that it receives. These lengths must not be 0.
         tells_lengths = (
@@ -237,14 +236,14 @@ class BNRNN(LoopLayer):
             cell.stock_weights(weights),
             ops.maximum(lengths, 1) if tells_lengths else None,
         )
-        if lengths is not None:
+        if tells_lengths:
             empty = (lengths == 0)[:, None]
             last = [
                 ops.where(empty, old, new)
                 for old, new in zip(states, last, strict=True)
             ]
-            by_time = ops.transpose(outputs, (1, 0, 2))
-            last[0] = at_end(by_time, states[0], lengths)
+        elif lengths is not None:
+            last[0] = at_end(outputs, states[0], lengths, time_major=False)
         return outputs, last
 
     def _fused_kernel(self, training):
