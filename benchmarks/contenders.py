@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import typing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -100,11 +101,21 @@ def fitted(name, shape, kind, jit_compile):
     y = np.random.default_rng(1).integers(0, 10, len(x))
     layers = [keras.Input((timesteps, width))]
     if kind.startswith("masked"):
-        lengths = np.random.default_rng(2).integers(timesteps // 2, timesteps, len(x))
-        x[np.arange(timesteps) >= lengths[:, None]] = 0.0
+        pad(x)
         layers += [keras.layers.Masking(), layer(units, return_sequences=True)]
     layers += [layer(units), keras.layers.Dense(10)]
-    model = keras.Sequential(layers)
+    return epoch_of(keras.Sequential(layers), x, y, batch, jit_compile)
+
+
+def pad(x):
+    """Pads sequences on the right: 50 to 100 % of their timesteps remain."""
+    timesteps = x.shape[1]
+    lengths = np.random.default_rng(2).integers(timesteps // 2, timesteps, len(x))
+    x[np.arange(timesteps) >= lengths[:, None]] = 0
+
+
+def epoch_of(model, x, y, batch, jit_compile):
+    """Compiles a model, and returns what `fitted` returns."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, jit_compile=jit_compile)
 
@@ -121,6 +132,86 @@ def fitted(name, shape, kind, jit_compile):
         return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
 
     return epoch
+
+
+class Whole(typing.NamedTuple):
+    """A whole model: recurrent layers and a `Dense` one.
+
+    Attributes:
+        kind: `"lstm"` or `"gru"`.
+        batch, timesteps, width, units: B, T, D, U.
+        depth: The number of recurrent layers.
+        bidirectional: Whether they are wrapped in `Bidirectional`.
+        masked: Whether sequences are padded, and a `Masking` layer masks them.
+        each: Whether each frame has a label; otherwise each sequence has one.
+        words: The size of the vocabulary of a language model with D-dimensional
+            embeddings. Its statistics are frame-wise. 0: the input consists of frames.
+    """
+
+    kind: str
+    batch: int
+    timesteps: int
+    width: int
+    units: int
+    depth: int = 1
+    bidirectional: bool = False
+    masked: bool = False
+    each: bool = False
+    words: int = 0
+
+
+WHOLE = {
+    "LSTM 64, batch 256": Whole("lstm", 256, 100, 64, 64),
+    "Bidirectional LSTM 64, masked, batch 64": Whole(
+        "lstm", 64, 100, 64, 64, bidirectional=True, masked=True
+    ),
+    "2 x LSTM 128, masked, batch 64": Whole(
+        "lstm", 64, 100, 64, 128, depth=2, masked=True
+    ),
+    "2 x LSTM 128, labels of frames, batch 128": Whole(
+        "lstm", 128, 100, 64, 128, depth=2, each=True
+    ),
+    "GRU 256, batch 32": Whole("gru", 32, 100, 64, 256),
+    "2 x GRU 128, batch 128": Whole("gru", 128, 100, 64, 128, depth=2),
+    "Bidirectional GRU 64, masked, batch 128": Whole(
+        "gru", 128, 100, 64, 64, bidirectional=True, masked=True
+    ),
+    "Language model, 2 x LSTM 128, 5,000 words, batch 32": Whole(
+        "lstm", 32, 35, 128, 128, depth=2, each=True, words=5000
+    ),
+}
+
+
+def fitted_whole(name, which, jit_compile):
+    """What `fitted` returns, of a model of `WHOLE`."""
+    whole = WHOLE[which]
+    own = name == "bn"
+    layer = KINDS[whole.kind][0 if own else 1]
+    options = {"statistics": "frame"} if own and whole.words else {}
+    rng = np.random.default_rng(1)
+    sequences = whole.batch * FIT_STEPS
+    if whole.words:
+        x = rng.integers(0, whole.words, (sequences, whole.timesteps))
+        layers = [
+            keras.Input((whole.timesteps,)),
+            keras.layers.Embedding(whole.words, whole.width),
+        ]
+    else:
+        x = frames((sequences, whole.timesteps, whole.width))
+        layers = [keras.Input((whole.timesteps, whole.width))]
+    if whole.masked:
+        pad(x)
+        layers.append(keras.layers.Masking())
+    for i in range(whole.depth):
+        each = whole.each or i < whole.depth - 1
+        recurrent = layer(whole.units, return_sequences=each, **options)
+        if whole.bidirectional:
+            recurrent = keras.layers.Bidirectional(recurrent)
+        layers.append(recurrent)
+    classes = whole.words or 10
+    y = rng.integers(0, classes, x.shape[:2] if whole.each else len(x))
+    layers.append(keras.layers.Dense(classes))
+    return epoch_of(keras.Sequential(layers), x, y, whole.batch, jit_compile)
 
 
 def stack(name, shape=(24, 300, 123, 250), depth=5):

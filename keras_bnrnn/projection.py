@@ -10,7 +10,7 @@ from keras_bnrnn import statistics as stats
 
 
 def normalized_projection(norm, frames, kernel, valid=None):
-    """Computes `BN(frames . kernel)` by batch statistics, and updates `norm` by them.
+    """Computes what makes `BN(frames . kernel)` by batch statistics, and updates `norm`.
 
     Args:
         norm: The `SequenceBatchNorm` of the projection.
@@ -19,22 +19,21 @@ def normalized_projection(norm, frames, kernel, valid=None):
         valid: Boolean tensor of shape (T, B, 1), or `None`.
 
     Returns:
-        `(projected, bias)`, of shapes (T, B, F) and (F,). Their sum is the
-        normalised projection. `bias` is `None` if there is nothing to add.
+        `(inputs, kernel, bias)`. The normalised projection is `inputs . kernel + bias`,
+        with inputs of shape (T, B, D), or `inputs + bias` if `kernel` is `None`, with
+        inputs of shape (T, B, F). `bias` (F,) is `None` if there is nothing to add.
     """
     if norm.statistics == "frame":
-        return _by_frame(norm, frames, kernel, valid), None
-    centred, mean, count = _centred(norm, frames, kernel, valid)
+        return _by_frame(norm, frames, kernel, valid), None, None
     # Replicas sum the moments of their projections. The moments of the frames need a
     # condition, and no collective operation may be inside one.
     if not norm.synchronized and moments_are_cheaper(frames.shape, kernel.shape[-1]):
-        normalize = _by_moments
-    else:
-        normalize = _by_projection
-    projected, variance = normalize(norm, _flat(centred), kernel, count)
+        return folded_projection(norm, frames, kernel, valid)
+    centred, mean, count = _centred(norm, frames, kernel, valid)
+    projected, variance = _by_projection(norm, _flat(centred), kernel, count)
     norm.update_statistics(mean, variance, count)
     shape = (*ops.shape(frames)[:-1], kernel.shape[-1])
-    return ops.reshape(projected, shape), _bias(norm, kernel)
+    return ops.reshape(projected, shape), None, _bias(norm, kernel)
 
 
 def folded_projection(norm, frames, kernel, valid=None):
@@ -98,21 +97,6 @@ def _folded_kernel(norm, centred, kernel, mean, count):
 def _flat(frames):
     """Reshapes (T, B, D) to (T*B, D), the only product XLA allows in a condition."""
     return ops.reshape(frames, (-1, frames.shape[-1]))
-
-
-def _by_moments(norm, centred, kernel, count):
-    """Normalises the kernel before the projection: faster than `_by_projection`."""
-    dtype = norm.statistics_dtype
-    w = ops.cast(kernel, dtype)
-    variance, cancels = variance_by_covariance(ops.cast(centred, dtype), w, count)
-
-    def by_moments():
-        folded = ops.cast(w * _scale(norm, variance), kernel.dtype)
-        return ops.matmul(centred, folded), variance
-
-    return ops.cond(
-        cancels, lambda: _by_projection(norm, centred, kernel, count), by_moments
-    )
 
 
 def _by_projection(norm, centred, kernel, count):

@@ -44,38 +44,6 @@ def float64():
     keras.config.set_dtype_policy("float32")
 
 
-# Files of many alike tests that take minutes together. `make test` runs every n-th of
-# each, from the first; `make test-all` runs all.
-SAMPLED = {
-    "test_client.py": 4,
-    "test_deployment.py": 3,
-    "test_export_checks.py": 8,
-    "test_export_streaming.py": 6,
-    "test_export_text.py": 16,
-    "test_formats.py": 12,
-    "test_gradients.py": 7,
-    "test_serving_grpc.py": 3,
-    "test_serving_versions.py": 3,
-}
-# Files of which it runs every test, but of its variants every n-th.
-VARIANTS = {
-    "test_calibration.py": 2,
-    "test_cancellation.py": 2,
-    "test_client_padding.py": 2,
-    "test_edges.py": 2,
-    "test_export.py": 3,
-    "test_export_lengths.py": 2,
-    "test_export_shapes.py": 4,
-    "test_folding.py": 4,
-    "test_fused.py": 4,
-    "test_layers_keras.py": 5,
-    "test_layers_math.py": 5,
-    "test_population_guards.py": 5,
-    "test_serving.py": 3,
-    "test_speech_frames.py": 6,
-}
-
-
 def pytest_collection_finish():
     # `clear_session` collects garbage before each test. Modules are none: looking
     # through those of TensorFlow would take half a second each time.

@@ -8,17 +8,26 @@ else:
     from keras_bnrnn.backend import missing as _module
 
 FusedKernel = _module.FusedKernel
+block_backward = _module.block_backward
+block_forward = _module.block_forward
 call_if = _module.call_if
 compiled = _module.compiled
 compiled_by_xla = _module.compiled_by_xla
 custom_gradient = _module.custom_gradient
 graph_of = _module.graph_of
+has_block = _module.has_block
 has_fused_kernels = _module.has_fused_kernels
+plus_bias = _module.plus_bias
+product_and_bias = _module.product_and_bias
 replica_count = _module.replica_count
 require_positive = _module.require_positive
 require_time_loop = _module.require_time_loop
+runs_by_step = _module.runs_by_step
 scan = _module.scan
+slice_sizes = _module.slice_sizes
+split_rows = _module.split_rows
+stacked = _module.stacked
 sum_over_replicas = _module.sum_over_replicas
-times_transposed = _module.times_transposed
 transposed_times = _module.transposed_times
+unstacked = _module.unstacked
 value_and_slope = _module.value_and_slope

@@ -8,6 +8,11 @@ batch is one tensor, and the backend differentiates. The recurrent layers raise
 import keras
 
 FusedKernel = None
+block_forward = block_backward = None
+
+
+def has_block(name):
+    return False
 
 
 def has_fused_kernels():
@@ -46,8 +51,32 @@ def value_and_slope(function, x):
     require_time_loop()
 
 
-def times_transposed(x, matrix):
-    return keras.ops.matmul(x, keras.ops.transpose(matrix))
+def runs_by_step():
+    return False
+
+
+def slice_sizes(batch, least):
+    return [batch]
+
+
+def split_rows(x, sizes, axis):
+    require_time_loop()
+
+
+def stacked(sequence, like):
+    return sequence
+
+
+def unstacked(tensor, spec):
+    return tensor
+
+
+def product_and_bias(x, kernel, bias):
+    return keras.ops.matmul(x, kernel) + bias
+
+
+def plus_bias(product, bias):
+    return product + bias
 
 
 def transposed_times(x, y):

@@ -1,8 +1,15 @@
 """Implements the backend functions for TensorFlow."""
 
+import os
+
 import keras
 import tensorflow as tf
 from keras import ops
+
+from keras_bnrnn.backend import block_lstm as _block_lstm
+
+block_forward = _block_lstm.forward
+block_backward = _block_lstm.backward
 
 
 def require_time_loop():
@@ -19,6 +26,8 @@ def scan(
     reverse=False,
     differentiable=False,
     ahead=False,
+    stacks=None,
+    turns=None,
 ):
     """Runs a loop over timesteps.
 
@@ -27,7 +36,8 @@ def scan(
             the timestep of each sequence. It returns the next carry and the list of the
             tensors to stack.
         carry: List of tensors, the first carry.
-        sequences: Tensors of shape (T, ...), read one timestep at a time.
+        sequences: Tensors of shape (T, ...), read one timestep at a time. An element
+            may be what `unstacked` returns.
         specs: Shape and dtype of each tensor to stack.
         length: T, an int or a tensor.
         unroll: Whether to unroll the loop. T must then be an int. Default: `False`.
@@ -37,9 +47,15 @@ def scan(
             slice has the size of the whole sequence. Default: `False`.
         ahead: Whether to read each timestep one turn ahead. It has no effect with
             `unroll`. Default: `False`.
+        stacks: The number of tensors to stack, the first ones of `specs`. Where
+            `runs_by_step()`, the other ones are left as they are, one tensor for each
+            timestep. `None` (default): all are stacked.
+        turns: The number of turns, T or 0, an int or a tensor. Stacked tensors are 0 if
+            there is no turn. `None` (default): T.
 
     Returns:
-        The last carry, and the list of stacked tensors (T, ...) in the order of t.
+        The last carry, and the list of stacked tensors (T, ...) in the order of t. For
+        tensors left unstacked the list has what `unstacked` needs.
     """
     readers = [
         _reader(sequence, length, differentiable and not unroll)
@@ -70,8 +86,9 @@ def scan(
         elements = elements_at(tf.minimum(i + 1, last)) if ahead else ()
         return i + 1, tuple(carry), elements, arrays
 
+    end = length if turns is None else turns
     _, carry, _, arrays = tf.while_loop(
-        lambda i, *_: i < length,
+        lambda i, *_: i < end,
         loop_body,
         (tf.constant(0), tuple(carry), elements_at(0) if ahead else (), arrays),
         # XLA differentiates a loop of a known number of turns only.
@@ -79,22 +96,144 @@ def scan(
         parallel_iterations=32,
         swap_memory=True,
     )
-    return list(carry), [a.stack() for a in arrays]
+    count = len(specs) if stacks is None or not runs_by_step() else stacks
+
+    def stack(array, spec):
+        if turns is None:
+            return array.stack()
+        return Unstacked(array.flow, spec).stack(tf.shape(carry[0])[:1])
+
+    return list(carry), [
+        *(
+            stack(array, spec)
+            for array, spec in zip(arrays, specs[:count], strict=False)
+        ),
+        *(array.flow for array in arrays[count:]),
+    ]
+
+
+def runs_by_step():
+    """Returns whether `scan` can leave tensors unstacked: in a graph without XLA.
+
+    There a stack is a copy. Under XLA it is none, and an eager loop runs fastest if it
+    does as much as possible before the loop and after it.
+    """
+    return not tf.executing_eagerly() and not compiled_by_xla()
+
+
+class Unstacked:
+    """A sequence of T tensors of one shape, as `tf.TensorArray` holds them in a graph.
+
+    Args:
+        handle: Variant tensor, the `flow` of a `tf.TensorArray`.
+        spec: Shape and dtype of a timestep.
+    """
+
+    def __init__(self, handle, spec):
+        self._handle = handle
+        self._shape, self._dtype = tf.TensorShape(spec[0]), spec[1]
+
+    def read(self, t):
+        element = tf.raw_ops.TensorListGetItem(
+            input_handle=self._handle,
+            index=t,
+            element_shape=tf.constant(-1),  # any
+            element_dtype=self._dtype,
+        )
+        element.set_shape(self._shape)
+        return element
+
+    def stack(self, rows):
+        """Stacks the tensors (B, ...), zeros where no turn of a loop wrote one.
+
+        Args:
+            rows: int32 tensor of shape (1,), B.
+        """
+        shape = self._shape
+        if shape.rank and shape[0] is None:
+            shape = tf.concat([rows, shape[1:]], axis=0)
+        stack = tf.raw_ops.TensorListStack(
+            input_handle=self._handle,
+            element_shape=shape,
+            element_dtype=self._dtype,
+        )
+        return tf.ensure_shape(stack, (None, *self._shape))
+
+
+def unstacked(tensor, spec):
+    """Makes a sequence that `scan` reads from a tensor that it left unstacked.
+
+    Args:
+        tensor: The tensor.
+        spec: Shape and dtype of a timestep.
+    """
+    return Unstacked(tensor, spec) if tensor.dtype == tf.variant else tensor
+
+
+def stacked(sequence, like):
+    """Stacks a sequence that `unstacked` returns.
+
+    Args:
+        sequence: The sequence, of tensors (B, F).
+        like: List of tensors; the first one has B rows.
+    """
+    if not isinstance(sequence, Unstacked):
+        return sequence
+    return sequence.stack(tf.shape(like[0])[:1])
+
+
+def slice_sizes(batch, least):
+    """Returns the sizes of the slices of a batch whose loops run side by side.
+
+    In a graph on CPUs independent loops run on different cores. XLA and GPUs run one
+    loop after the other.
+
+    Args:
+        batch: The number of rows, an int or a tensor.
+        least: Smaller batches are not sliced.
+
+    Returns:
+        List of ints; or of tensors if `batch` is one: the second slice is then empty if
+        the batch is not sliced.
+    """
+    if not runs_by_step() or has_fused_kernels() or cores() < 2:
+        return [batch]
+    if not isinstance(batch, int):
+        second = tf.where(batch < least, 0, batch // 2)
+        return [batch - second, second]
+    return [batch] if batch < least else [batch - batch // 2, batch // 2]
+
+
+def cores():
+    """Returns the number of CPU cores that TensorFlow uses for independent loops."""
+    return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count()
+
+
+def product_and_bias(x, kernel, bias):
+    """Computes `x . kernel + bias` of matrices; a graph fuses the two operations."""
+    return plus_bias(tf.matmul(x, kernel), bias)
+
+
+def plus_bias(product, bias):
+    """Adds a bias to a matrix; a graph fuses it with the product before it."""
+    return tf.nn.bias_add(product, bias)
+
+
+def split_rows(x, sizes, axis):
+    """Splits a tensor along an axis into parts of given sizes, ints or tensors."""
+    return tf.split(x, sizes, axis)
 
 
 def _reader(sequence, length, differentiable):
     """Returns a function that reads the timestep t of a sequence."""
+    if isinstance(sequence, Unstacked):
+        return sequence.read
     if not differentiable:
         return lambda t: sequence[t]
     array = tf.TensorArray(
         sequence.dtype, size=length, element_shape=sequence.shape[1:]
     )
     return array.unstack(sequence).read
-
-
-def times_transposed(x, matrix):
-    """Computes `x . matrix'` without a transposed copy of the matrix."""
-    return tf.matmul(x, matrix, transpose_b=True)
 
 
 def transposed_times(x, y):
@@ -260,6 +399,15 @@ def require_positive(value, message):
 def graph_of(tensor):
     """Returns the graph that a tensor belongs to, or `None` for an eager tensor."""
     return getattr(tensor, "graph", None)
+
+
+def has_block(name):
+    """Returns whether there are operations for whole sequences, and CPUs to run them.
+
+    Args:
+        name: `"lstm"`, or another value, for which there are none.
+    """
+    return name == "lstm" and runs_by_step() and not has_fused_kernels()
 
 
 def has_fused_kernels():

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 from keras.activations import sigmoid, tanh
 
+from keras_bnrnn import backend
 from keras_bnrnn.backend import value_and_slope
 from keras_bnrnn.layers.activations import bounded, elementwise
 from keras_bnrnn.layers.arguments import (
@@ -132,7 +133,8 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
             h = weights.dropped(h_before)
             b = ops.matmul(r * h, weights.recurrent_kernel[:, candidate])
         a = norm("joint", projected[:, candidate] + b, candidate)
-        return [z * h_before + (1 - z) * self.activation(a)]
+        candidate = self.activation(a)
+        return [candidate + z * (h_before - candidate)]
 
     def derivative(self):
         closed = self.reset_after and elementwise(
@@ -160,36 +162,56 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
 class GRUDerivative(StepDerivative):
     """The derivative of `BNGRUCell.step` with `reset_after`.
 
-    Pre-activations (..., 4U): a_h, a_z + b_z, a_r + b_r, b_h. The two parts of the
-    candidate are at the ends, so the gradient of the recurrent product is one slice.
+    It keeps z and r (..., 2U), the candidate and b_h (..., U); with other activations
+    than the usual ones, the pre-activations of the first three. Its gradient (..., 4U)
+    is that of a_h, a_z + b_z, a_r + b_r, b_h. The two parts of the candidate are at the
+    ends, so the gradient of the recurrent product is one slice.
     """
 
     def __init__(self, cell):
         self.activation = cell.activation
         self.recurrent_activation = cell.recurrent_activation
+        self._is_usual = (
+            cell.activation is tanh and cell.recurrent_activation is sigmoid
+        )
+
+    def widths(self, units):
+        return [2 * units, units, units]
 
     def width(self, units):
         return 4 * units
 
-    def pre_activations(self, projected, recurrent, weights):
-        gates = 2 * projected.shape[-1] // 3
+    def keep(self, projected, recurrent, states, weights):
+        units = projected.shape[-1] // 3
         recurrent_bias = weights.more["recurrent_bias"]
         if recurrent_bias is not None:
-            recurrent = recurrent + recurrent_bias
-        return ops.concatenate(
-            [
-                projected[..., gates:],
-                projected[..., :gates] + recurrent[..., :gates],
-                recurrent[..., gates:],
-            ],
-            axis=-1,
-        )
+            recurrent = backend.plus_bias(recurrent, recurrent_bias)
+        x_gates, x_h = ops.split(projected, [2 * units], axis=-1)
+        b_gates, b_h = ops.split(recurrent, [2 * units], axis=-1)
+        a = x_gates + b_gates
+        gates = self.recurrent_activation(a)
+        a_h = x_h + gates[..., units:] * b_h
+        if self._is_usual:
+            return [gates, self.activation(a_h), b_h]
+        return [a, a_h, b_h]
 
-    def factors(self, pre_activations, before, after, weights):
-        a_h, a_z, a_r, b_h = ops.split(pre_activations, 4, axis=-1)
-        z, z_slope = value_and_slope(self.recurrent_activation, a_z)
-        r, r_slope = value_and_slope(self.recurrent_activation, a_r)
-        candidate, slope = value_and_slope(self.activation, a_h + r * b_h)
+    def advance(self, kept, states, weights):
+        gates, candidate, _ = kept
+        z = gates[..., : gates.shape[-1] // 2]
+        if not self._is_usual:
+            z, candidate = self.recurrent_activation(z), self.activation(candidate)
+        return [candidate + z * (states[0] - candidate)]
+
+    def factors(self, kept, before, after, weights):
+        gates, candidate, b_h = kept
+        if self._is_usual:
+            gate_slopes = gates * (1 - gates)
+            slope = 1 - candidate * candidate
+        else:
+            gates, gate_slopes = value_and_slope(self.recurrent_activation, gates)
+            candidate, slope = value_and_slope(self.activation, candidate)
+        z, r = ops.split(gates, 2, axis=-1)
+        z_slope, r_slope = ops.split(gate_slopes, 2, axis=-1)
         d_h = (1 - z) * slope
         d_z = (before[0] - candidate) * z_slope
         d_r = d_h * b_h * r_slope
@@ -198,6 +220,20 @@ class GRUDerivative(StepDerivative):
     def pull_back(self, gradients, factors):
         (dh,), (factor, z) = gradients, factors
         return ops.concatenate([dh] * 4, axis=-1) * factor, [dh * z]
+
+    def step_back(self, gradients, kept, before, after, weights):
+        if not self._is_usual:
+            return super().step_back(gradients, kept, before, after, weights)
+        gates, candidate, b_h = kept
+        z, r = ops.split(gates, 2, axis=-1)
+        (dh,) = gradients
+        dh_before = dh * z
+        d_h = (dh - dh_before) * (1 - candidate * candidate)
+        d_z = dh * (before[0] - candidate)
+        d_gates = ops.concatenate([d_z, d_h * b_h], axis=-1) * (gates * (1 - gates))
+        d_projected = ops.concatenate([d_gates, d_h], axis=-1)
+        d_recurrent = ops.concatenate([d_gates, d_h * r], axis=-1)
+        return d_projected, d_recurrent, [dh_before]
 
     def of_recurrent(self, gradient):
         return gradient[..., gradient.shape[-1] // 4 :]
@@ -211,7 +247,8 @@ class GRUDerivative(StepDerivative):
     def of_weights(self, gradient, before, after, weights):
         if weights.more["recurrent_bias"] is None:
             return {}
-        return {"recurrent_bias": ops.sum(self.of_recurrent(gradient), axis=(0, 1))}
+        flat = ops.reshape(gradient, (-1, gradient.shape[-1]))
+        return {"recurrent_bias": ops.sum(flat, axis=0)}
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 from keras.activations import sigmoid, tanh
+from keras.backend import standardize_dtype
 
 from keras_bnrnn.backend import value_and_slope
 from keras_bnrnn.layers.activations import bounded, elementwise
@@ -117,32 +118,8 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
             )
 
     def step(self, projected, recurrent, states, weights, norm):
-        _, c_before = states
         a = norm("joint", projected + recurrent)  # (B, 4U): i, f, c, o
-        if self.peephole:
-            i, f, candidate, o = self._peephole_gates(a, c_before, weights)
-        else:
-            i, f, candidate, o = self._gates(a)
-        c = f * c_before + i * candidate
-        if self.peephole:
-            o = self.recurrent_activation(o + weights.more["peephole_kernel"][2] * c)
-        return [o * self.activation(c), c]
-
-    def _gates(self, a):
-        """Computes the four gates from their pre-activations."""
-        if are_by_tanh(self, a):
-            return gates_by_tanh(a)[0]
-        a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
-        gate = self.recurrent_activation
-        return gate(a_i), gate(a_f), self.activation(a_c), gate(a_o)
-
-    def _peephole_gates(self, a, c_before, weights):
-        """Computes i, f and the candidate with peepholes, and returns a_o unchanged."""
-        p_i, p_f, _ = ops.unstack(weights.more["peephole_kernel"], axis=0)
-        a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
-        gate = self.recurrent_activation
-        i, f = gate(a_i + p_i * c_before), gate(a_f + p_f * c_before)
-        return i, f, self.activation(a_c), a_o
+        return advance(self, a, states, weights.more["peephole_kernel"])
 
     def derivative(self):
         closed = elementwise(self.activation, self.recurrent_activation)
@@ -170,29 +147,57 @@ def are_by_tanh(activations, a):
     usual = (
         activations.activation is tanh and activations.recurrent_activation is sigmoid
     )
-    return usual and keras.backend.standardize_dtype(a.dtype) in ("float32", "float64")
+    return usual and standardize_dtype(a.dtype) in ("float32", "float64")
 
 
-def gates_by_tanh(a):
-    """Computes the gates i, f, c, o for the activations sigmoid and tanh.
+def advance(activations, a, states, peephole):
+    """Computes the new states h and c from pre-activations.
+
+    Args:
+        activations: Has the attributes `activation` and `recurrent_activation`.
+        a: Tensor (B, 4U), the pre-activations of i, f, c, o without the peepholes.
+        states: h and c before the step.
+        peephole: Tensor (3, U), or `None`.
+    """
+    if peephole is None and are_by_tanh(activations, a):
+        return advance_by_tanh(tanh_of_gates(a), states)
+    _, c_before = states
+    gate = activations.recurrent_activation
+    a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
+    if peephole is not None:
+        p_i, p_f, p_o = ops.unstack(peephole, axis=0)
+        a_i, a_f = a_i + p_i * c_before, a_f + p_f * c_before
+    c = gate(a_f) * c_before + gate(a_i) * activations.activation(a_c)
+    if peephole is not None:
+        a_o = a_o + p_o * c
+    return [gate(a_o) * activations.activation(c), c]
+
+
+def tanh_of_gates(a):
+    """Computes the tanh (..., 4U) that the gates of usual activations are made of.
 
     `sigmoid(a) = tanh(a / 2) / 2 + 1 / 2`. One tanh of all gates together costs less
     than three sigmoids and one tanh of slices.
-
-    Args:
-        a: Tensor of shape (..., 4U), the pre-activations.
-
-    Returns:
-        List of the four gates (..., U), and the tanh (..., 4U) that they are made of.
     """
-    t = ops.tanh(a * _halves(a))
+    return ops.tanh(a * _halves(a))
+
+
+def gates_by_tanh(t):
+    """Returns the gates i, f, c, o of `tanh_of_gates`."""
     i, f, candidate, o = ops.split(t, 4, axis=-1)
-    return [0.5 * i + 0.5, 0.5 * f + 0.5, candidate, 0.5 * o + 0.5], t
+    return 0.5 * i + 0.5, 0.5 * f + 0.5, candidate, 0.5 * o + 0.5
 
 
-def slopes_by_tanh(a, t):
+def advance_by_tanh(t, states):
+    """Computes the new states h and c from `tanh_of_gates`."""
+    i, f, candidate, o = gates_by_tanh(t)
+    c = f * states[1] + i * candidate
+    return [o * ops.tanh(c), c]
+
+
+def slopes_by_tanh(t):
     """Computes the derivative (..., 4U) of the gates of `gates_by_tanh`."""
-    halves = _halves(a)
+    halves = _halves(t)
     return (1 - t * t) * (halves * halves)
 
 
@@ -204,22 +209,46 @@ def _halves(a):
 class LSTMDerivative(StepDerivative):
     """The derivative of `BNLSTMCell.step`.
 
-    Pre-activations (..., 4U): a_i, a_f, a_c, a_o, without the peepholes.
+    It keeps `tanh_of_gates` (..., 4U) if the step uses it. Otherwise it keeps the
+    pre-activations a_i, a_f, a_c, a_o, without the peepholes.
     """
 
     def __init__(self, cell):
         self.activation = cell.activation
         self.recurrent_activation = cell.recurrent_activation
 
+    def block_of(self, weights):
+        is_usual = self._is_by_tanh(weights.recurrent_kernel, weights)
+        is_float32 = standardize_dtype(weights.recurrent_kernel.dtype) == "float32"
+        return "lstm" if is_usual and is_float32 else None
+
+    def widths(self, units):
+        return [4 * units]
+
     def width(self, units):
         return 4 * units
 
-    def pre_activations(self, projected, recurrent, weights):
-        return projected + recurrent
+    def keep(self, projected, recurrent, states, weights):
+        a = projected + recurrent
+        return [tanh_of_gates(a) if self._is_by_tanh(a, weights) else a]
 
-    def factors(self, pre_activations, before, after, weights):
+    def advance(self, kept, states, weights):
+        if self._is_by_tanh(kept[0], weights):
+            return advance_by_tanh(kept[0], states)
+        return advance(self, kept[0], states, weights.more["peephole_kernel"])
+
+    def _is_by_tanh(self, a, weights):
+        return weights.more["peephole_kernel"] is None and are_by_tanh(self, a)
+
+    def factors(self, kept, before, after, weights):
         (_, c_before), (_, c) = before, after
-        a, peephole = pre_activations, weights.more["peephole_kernel"]
+        if self._is_by_tanh(kept[0], weights):
+            (t,) = kept
+            i, f, candidate, o = gates_by_tanh(t)
+            tanh_c = ops.tanh(c)
+            of_gates = ops.concatenate([candidate, c_before, i, tanh_c], axis=-1)
+            return [of_gates * slopes_by_tanh(t), o * (1 - tanh_c * tanh_c), f]
+        a, peephole = kept[0], weights.more["peephole_kernel"]
         if peephole is not None:
             p_i, p_f, p_o = ops.unstack(peephole, axis=0)
             seen = [p_i * c_before, p_f * c_before, ops.zeros_like(c), p_o * c]
@@ -236,11 +265,8 @@ class LSTMDerivative(StepDerivative):
         return [d_a, d_c, d_c_before]
 
     def _gates_and_slopes(self, a):
-        if are_by_tanh(self, a):
-            gates, t = gates_by_tanh(a)
-            return gates, slopes_by_tanh(a, t)
-        a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
         gate = self.recurrent_activation
+        a_i, a_f, a_c, a_o = ops.split(a, 4, axis=-1)
         pairs = [
             value_and_slope(gate, a_i),
             value_and_slope(gate, a_f),

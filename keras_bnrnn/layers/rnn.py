@@ -169,12 +169,10 @@ class BNRNN(LoopLayer):
         norms = cell.norms
         in_loop = cell.norms_in_loop if learns else {}
         if learns and "input" in norms:
-            projected, bias = normalized_projection(
+            x, kernel, bias = normalized_projection(
                 norms["input"], x, weights.kernel, frames.valid
             )
-            weights = weights._replace(bias=bias)
-        else:
-            projected = ops.matmul(x, weights.kernel)  # (T, B, G*U)
+            weights = weights._replace(kernel=kernel, bias=bias)
         for norm in in_loop.values():
             batch, timesteps = x.shape[1], x.shape[0]
             cause = f"`normalize={cell.normalize!r}`"
@@ -202,7 +200,7 @@ class BNRNN(LoopLayer):
                 collected=collected,
                 schedule=Schedule(self.unroll, training, cell.reads_ahead),
             ),
-            projected,
+            x,
             initial_state,
             weights,
             lengths=frames.lengths,
@@ -333,7 +331,7 @@ class BNRNN(LoopLayer):
                 bounded=is_bounded(cell),
                 collected=[((sequences.shape[0], width), dtype)],
             ),
-            ops.matmul(x, ops.cast(weights.kernel, dtype)),
+            x,
             [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)],
             weights,
             return_sequences=False,

@@ -3,6 +3,7 @@
 from typing import Unpack
 
 import keras
+from keras.activations import tanh
 
 from keras_bnrnn.backend import value_and_slope
 from keras_bnrnn.layers.activations import bounded, elementwise
@@ -95,19 +96,27 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
 
 
 class SimpleRNNDerivative(StepDerivative):
-    """The derivative of `BNSimpleRNNCell.step`; pre-activations (..., U)."""
+    """The derivative of `BNSimpleRNNCell.step`; keeps the pre-activation."""
 
     def __init__(self, cell):
         self.activation = cell.activation
 
+    def widths(self, units):
+        return [units]
+
     def width(self, units):
         return units
 
-    def pre_activations(self, projected, recurrent, weights):
-        return projected + recurrent
+    def keep(self, projected, recurrent, states, weights):
+        return [projected + recurrent]
 
-    def factors(self, pre_activations, before, after, weights):
-        return [value_and_slope(self.activation, pre_activations)[1]]
+    def advance(self, kept, states, weights):
+        return [self.activation(kept[0])]
+
+    def factors(self, kept, before, after, weights):
+        if self.activation is tanh:
+            return [1 - after[0] * after[0]]
+        return [value_and_slope(self.activation, kept[0])[1]]
 
     def pull_back(self, gradients, factors):
         (dh,), (slope,) = gradients, factors

@@ -1,15 +1,15 @@
 """Runs the backward loop.
 
 The loop contains only the recurrent product and the operations that depend on it. The
-factors of a `StepDerivative` do not depend on the incoming gradient: they are computed
-before the loop, for all timesteps at once. The gradient of the recurrent kernel is one
-product after the loop.
+factors of a `StepDerivative` do not depend on the incoming gradient. They are computed
+before the loop, for all timesteps at once; or inside it, if the forward loop kept its
+values by timestep. The gradient of the recurrent kernel is one product after the loop.
 """
 
 from keras import ops
 
 from keras_bnrnn import backend
-from keras_bnrnn.recurrence import schedule as schedules
+from keras_bnrnn.recurrence.kept import specs_of_states, specs_of_values
 
 
 def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
@@ -22,8 +22,7 @@ def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last)
         loop: `Loop`.
         derivative: The `StepDerivative` of its step.
         projected, states, weights: The arguments of the forward loop.
-        kept: `(pre_activations, sequences)`: the stacked pre-activations (T, B, P) and
-            the list of all stacked states (T, B, U).
+        kept: `Kept`.
         d_sequences: List of the gradients of the first sequences of states.
         d_last: List of the gradients of all last states.
 
@@ -31,53 +30,127 @@ def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last)
         The gradient of `projected`, the list of the gradients of `states`, and the dict
         of the gradients of `weights.in_loop()`.
     """
-    pre_activations, after = kept
+    run_loop = _by_step if kept.by_step else _at_once
+    d_projected, d_recurrent, d_states, before, after = run_loop(
+        loop, derivative, projected, states, weights, kept, d_sequences, d_last
+    )
+    d_weights = derivative.of_weights(d_recurrent, before, after, weights)
+    d_weights["recurrent_kernel"] = backend.transposed_times(
+        _flat(weights.dropped(before[0])), _flat(d_recurrent)
+    )
+    if weights.bias is not None:
+        d_weights["bias"] = ops.sum(_flat(d_projected), axis=0)
+    return d_projected, d_states, d_weights
+
+
+def _at_once(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
+    """Computes all factors before the loop.
+
+    Returns:
+        The gradients (T, B, G*U) of the input projection and of the recurrent product,
+        the list of the gradients of the first states, and the lists of the states
+        (T, B, U) before and after each step.
+    """
+    after = kept.states
     before = [
         ops.concatenate([first[None], sequence[:-1]], axis=0)
         for first, sequence in zip(states, after, strict=True)
     ]
-    factors = derivative.factors(pre_activations, before, after, weights)
-    times_kernel_transposed = _times_transposed(weights.recurrent_kernel)
+    factors = derivative.factors(kept.values, before, after, weights)
+    through = _through(weights)
 
     def body(gradients, elements):
-        of_step = elements[: len(factors)]
-        for i, d in enumerate(elements[len(factors) :]):
-            gradients[i] = gradients[i] + d
+        of_step, incoming = elements[: len(factors)], elements[len(factors) :]
+        gradients = _added(gradients, incoming)
         gradient, others = derivative.pull_back(gradients, of_step)
-        d_recurrent = derivative.of_recurrent(gradient)
-        through = weights.dropped(times_kernel_transposed(d_recurrent))
-        others[0] = through if others[0] is None else others[0] + through
-        return [
-            ops.zeros_like(d) if other is None else other
-            for d, other in zip(gradients, others, strict=True)
-        ], [gradient]
+        d_states = through(derivative.of_recurrent(gradient), gradients, others)
+        return d_states, [gradient]
 
+    batch, units = states[0].shape
     d_states, (gradient,) = backend.scan(
         body,
         d_last,
         [*factors, *d_sequences],
-        [(pre_activations.shape[1:], pre_activations.dtype)],
+        [((batch, derivative.width(units)), states[0].dtype)],
         ops.shape(projected)[0],
         unroll=loop.schedule.unroll,
         reverse=True,
+        turns=loop.turns,
     )
-
-    d_projected = derivative.of_projected(gradient)
-    d_weights = derivative.of_weights(gradient, before, after, weights)
-    d_weights["recurrent_kernel"] = backend.transposed_times(
-        _flat(weights.dropped(before[0])), _flat(derivative.of_recurrent(gradient))
+    d_projected, d_recurrent = (
+        derivative.of_projected(gradient),
+        derivative.of_recurrent(gradient),
     )
-    if weights.bias is not None:
-        d_weights["bias"] = ops.sum(d_projected, axis=(0, 1))
-    return d_projected, d_states, d_weights
+    return d_projected, d_recurrent, d_states, before, after
 
 
-def _times_transposed(kernel):
-    """Returns a function that computes x . kernel' for a tensor x."""
-    if schedules.transposes(kernel):
-        transposed = ops.transpose(kernel)
-        return lambda x: ops.matmul(x, transposed)
-    return lambda x: backend.times_transposed(x, kernel)
+def _by_step(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
+    """Computes the factors inside the loop, where they stay in the cache.
+
+    The arguments and the returned values are those of `_at_once`.
+    """
+    values = [
+        backend.unstacked(*pair)
+        for pair in zip(kept.values, specs_of_values(derivative, states), strict=True)
+    ]
+    before = [
+        backend.unstacked(*pair)
+        for pair in zip(kept.states, specs_of_states(states), strict=True)
+    ]
+    n, m = len(values), len(states)
+    through = _through(weights)
+    # Whether the gradients of projection and recurrent product are the same tensor.
+    units, width = weights.recurrent_kernel.shape
+    joined = derivative.width(units) == width
+
+    def body(carry, elements):
+        values_t, before_t = elements[:n], elements[n : n + m]
+        gradients = _added(carry[:m], elements[n + m :])
+        d_projected, d_recurrent, others = derivative.step_back(
+            gradients, values_t, before_t, carry[m:], weights
+        )
+        d_states = through(d_recurrent, gradients, others)
+        kept = [d_projected] if joined else [d_projected, d_recurrent]
+        return [*d_states, *before_t], kept
+
+    spec = (states[0].shape[0], width), states[0].dtype
+    carry, gradients = backend.scan(
+        body,
+        [*d_last, *kept.last],
+        [*values, *before, *d_sequences],
+        [spec] if joined else [spec, spec],
+        ops.shape(projected)[0],
+        reverse=True,
+        turns=loop.turns,
+    )
+    before = [backend.stacked(sequence, states) for sequence in before]
+    after = [
+        ops.concatenate([sequence[1:], last[None]], axis=0)
+        for sequence, last in zip(before, kept.last, strict=True)
+    ]
+    return gradients[0], gradients[-1], carry[:m], before, after
+
+
+def _added(gradients, incoming):
+    """Adds the incoming gradients to those of the first states."""
+    rest = gradients[len(incoming) :]
+    return [g + d for g, d in zip(gradients, incoming, strict=False)] + rest
+
+
+def _through(weights):
+    """Returns the function that backpropagates through one recurrent product."""
+    transposed = ops.transpose(weights.recurrent_kernel)
+
+    def through(d_recurrent, gradients, others):
+        """Returns the gradients of the states before the step, with none `None`."""
+        d_output = weights.dropped(ops.matmul(d_recurrent, transposed))
+        first, *rest = others
+        return [d_output if first is None else first + d_output] + [
+            ops.zeros_like(d) if other is None else other
+            for d, other in zip(gradients[1:], rest, strict=True)
+        ]
+
+    return through
 
 
 def _flat(sequence):

@@ -1,39 +1,60 @@
-"""Defines the derivative of a cell's step in closed form."""
+"""Defines the step of a cell and its derivative in closed form."""
 
 
 class StepDerivative:
-    """The derivative of a cell's elementwise step, in closed form.
+    """A cell's elementwise step in two parts, and its derivative in closed form.
 
-    A step computes its new states from its pre-activations and the states before it.
-    Pre-activations have the shape (..., P). Each cell chooses its own P. All methods
-    except `pull_back` are also called on all timesteps at once.
+    `keep` computes values from the pre-activations, such as gates. `advance` computes
+    the new states from these values and the states before the step. The forward loop
+    keeps the values and the states for the backward loop.
+
+    A time loop calls `factors` with the tensors of all timesteps at once, (T, B, ...),
+    or `step_back` with those of one timestep, (B, ...), whichever is faster.
     """
 
-    def width(self, units):
-        """Returns P, the number of pre-activations."""
+    def block_of(self, weights):
+        """Returns the name of the backend's operations with these equations, or `None`.
+
+        Args:
+            weights: The `Weights` of the recurrence.
+        """
+        return None
+
+    def widths(self, units):
+        """Returns the list of the widths of the values that `keep` returns."""
         raise NotImplementedError
 
-    def pre_activations(self, projected, recurrent, weights):
-        """Returns the values (B, P) that the forward loop keeps for the gradient.
+    def width(self, units):
+        """Returns P, the width of the gradient that `pull_back` returns."""
+        raise NotImplementedError
+
+    def keep(self, projected, recurrent, states, weights):
+        """Returns the list of the values (B, ...) that the forward loop keeps.
 
         Args:
             projected: Tensor (B, G*U), the input projection.
             recurrent: Tensor (B, G*U), the recurrent product.
+            states: List of tensors (B, U), the states before the step.
             weights: The `Weights` of the recurrence.
         """
         raise NotImplementedError
 
-    def factors(self, pre_activations, before, after, weights):
-        """Returns the tensors by which `pull_back` multiplies gradients.
+    def advance(self, kept, states, weights):
+        """Returns the list of the new states (B, U).
 
         Args:
-            pre_activations: Tensor (T, B, P).
-            before, after: Lists of tensors (T, B, U), the states before and after
-                each step.
-            weights: The `Weights` of the recurrence.
+            kept: The values that `keep` returned.
+            states, weights: As in `keep`.
+        """
+        raise NotImplementedError
 
-        Returns:
-            List of tensors (T, B, ...).
+    def factors(self, kept, before, after, weights):
+        """Returns the list of the tensors by which `pull_back` multiplies gradients.
+
+        Args:
+            kept: The values that `keep` returned.
+            before, after: Lists of the states before and after each step.
+            weights: The `Weights` of the recurrence.
         """
         raise NotImplementedError
 
@@ -45,23 +66,41 @@ class StepDerivative:
             factors: List of tensors (B, ...), the factors of the timestep.
 
         Returns:
-            The gradient (B, P) of the pre-activations, and the list of the gradients
-            (B, U) of the states before the step, `None` for 0. These exclude the
-            gradients that pass through the recurrent product.
+            A gradient (B, P), from which the methods below make those of the input
+            projection, the recurrent product and the weights; and the list of the
+            gradients (B, U) of the states before the step, `None` for 0. These exclude
+            the gradients that pass through the recurrent product.
         """
         raise NotImplementedError
+
+    def step_back(self, gradients, kept, before, after, weights):
+        """Backpropagates through one step, in a loop that computes factors by step.
+
+        A derivative may override it to save operations.
+
+        Args:
+            gradients: As in `pull_back`.
+            kept, before, after, weights: As in `factors`, of one timestep.
+
+        Returns:
+            The gradients (B, G*U) of the input projection and of the recurrent product,
+            and the list of the gradients of the states, as of `pull_back`.
+        """
+        factors = self.factors(kept, before, after, weights)
+        gradient, others = self.pull_back(gradients, factors)
+        return self.of_projected(gradient), self.of_recurrent(gradient), others
 
     def of_recurrent(self, gradient):
         """Returns the gradient (..., G*U) of the recurrent product.
 
-        `gradient` is that of the pre-activations, (..., P).
+        `gradient` is that of `pull_back`, (..., P).
         """
         return gradient
 
     def of_projected(self, gradient):
         """Returns the gradient (..., G*U) of the input projection.
 
-        `gradient` is that of the pre-activations, (..., P).
+        `gradient` is that of `pull_back`, (..., P).
         """
         return gradient
 
@@ -69,8 +108,9 @@ class StepDerivative:
         """Returns the gradients of weights other than recurrent kernel and bias.
 
         Args:
-            gradient: Tensor (T, B, P), the gradient of the pre-activations.
-            before, after, weights: As in `factors`.
+            gradient: Tensor (T, B, G*U), that of the recurrent product.
+            before, after: Lists of the states (T, B, U) before and after each step.
+            weights: The `Weights` of the recurrence.
 
         Returns:
             Dict from names in `weights.more` to tensors.

@@ -5,6 +5,7 @@ import typing
 from keras import ops
 
 from keras_bnrnn import backend
+from keras_bnrnn.recurrence.kept import Kept, specs_of_states, specs_of_values
 from keras_bnrnn.recurrence.schedule import Schedule
 
 
@@ -23,6 +24,8 @@ class Loop(typing.NamedTuple):
         step_reads_valid: Whether the step uses `valid_t`.
         bounded: Whether the states stay finite however long the loop runs on.
         collected: `(shape, dtype)` of each tensor in `collected_t`.
+        turns: The number of turns, T or 0 (an int or a tensor): 0 for a loop without
+            rows. `None`: T.
         schedule: `Schedule`.
     """
 
@@ -32,10 +35,11 @@ class Loop(typing.NamedTuple):
     step_reads_valid: bool = False
     bounded: bool = False
     collected: tuple = ()
+    turns: typing.Any = None
     schedule: Schedule = Schedule()
 
 
-def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=True):
+def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False):
     """Runs the forward loop.
 
     Past the end of a row the loop continues from the last states of the row, and the
@@ -50,15 +54,16 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
         weights: `Weights`. The bias is added to the projection.
         stacks: The number of states, the output first, that are stacked over time.
             Default: 1.
-        keep: `(function, width)`: a function of `(projected_t, recurrent_t, weights)`
-            whose result (B, width) is stacked too. Default: `None`.
-        differentiable: Whether the backend can differentiate the loop. Default: `True`.
+        derivative: `StepDerivative`. The backend can then not differentiate the loop.
+            Default: `None`.
+        keeps: Whether the loop keeps what `derivative` needs. Default: `False`.
 
     Returns:
         `(sequences, last, kept, collected)`: the list of stacked states (T, B, U), the
-        list of last states (B, U), the stacked result of `keep` or `None`, and the list
-        of stacked `collected_t`.
+        list of last states (B, U), `Kept` or `None`, and the list of stacked
+        `collected_t`.
     """
+    schedule = loop.schedule
     kernel = loop.kernel(weights)
     clears = loop.valid is not None and not loop.bounded
     reads_valid = loop.valid is not None and (loop.step_reads_valid or clears)
@@ -66,10 +71,14 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
         # An activation may be singular at 0, so the step reads the row's first frame
         # there.
         projected = ops.where(loop.valid, projected, projected[:1])
-    specs = [(state.shape, state.dtype) for state in states[:stacks]]
-    if keep is not None:
-        specs.append(((*projected.shape[1:-1], keep[1]), projected.dtype))
-    specs.extend(loop.collected)
+    count = stacks
+    if keeps and not schedule.by_step:
+        count = len(states)
+    specs = specs_of_states(states)[:count] + list(loop.collected)
+    if keeps:
+        specs += specs_of_values(derivative, states)
+        if schedule.by_step:
+            specs += specs_of_states(states)
 
     def body(states, elements):
         projected_t, valid_t = [*elements, None][:2]
@@ -78,26 +87,39 @@ def run(loop, projected, states, weights, stacks=1, keep=None, differentiable=Tr
         if weights.bias is not None:
             projected_t = projected_t + weights.bias
         recurrent_t = ops.matmul(weights.dropped(states[0]), kernel)
-        new, collected_t = loop.step(projected_t, recurrent_t, states, weights, valid_t)
-        stacked = list(new[:stacks])
-        if keep is not None:
-            stacked.append(keep[0](projected_t, recurrent_t, weights))
-        return new, [*stacked, *collected_t]
+        if not keeps:
+            new, collected = loop.step(
+                projected_t, recurrent_t, states, weights, valid_t
+            )
+            return new, [*new[:count], *collected]
+        values = derivative.keep(projected_t, recurrent_t, states, weights)
+        new = derivative.advance(values, states, weights)
+        before = states if schedule.by_step else []
+        return new, [*new[:count], *values, *before]
 
-    schedule = loop.schedule
-    last, stacked = backend.scan(
+    last, results = backend.scan(
         body,
         states,
         [projected, loop.valid] if reads_valid else [projected],
         specs,
         timesteps(projected),
         unroll=schedule.unroll,
-        differentiable=differentiable,
-        ahead=schedule.reads_ahead and not differentiable and keep is None,
+        differentiable=derivative is None,
+        ahead=schedule.reads_ahead and derivative is not None and not keeps,
+        stacks=count if keeps and schedule.by_step else None,
+        turns=loop.turns,
     )
-    sequences, stacked = stacked[:stacks], stacked[stacks:]
-    kept = stacked.pop(0) if keep is not None else None
-    return sequences, last, kept, stacked
+    sequences, rest = results[:count], results[count:]
+    if not keeps:
+        return sequences, last, None, rest
+    n = len(specs_of_values(derivative, states))
+    kept = Kept(
+        rest[:n],
+        rest[n:] if schedule.by_step else sequences,
+        last,
+        schedule.by_step,
+    )
+    return sequences[:stacks], last, kept, []
 
 
 def timesteps(sequence):

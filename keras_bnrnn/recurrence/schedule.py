@@ -2,10 +2,11 @@
 
 import typing
 
-# A recurrent kernel of at most this size is transposed before the backward loop. On
-# CPUs this made training steps 5 to 9 % faster at 128 units, and 5 to 9 % slower at 250
-# and 650 units, where the product reads an untransposed kernel equally fast.
-TRANSPOSED_AT_MOST = 2**17
+from keras_bnrnn import backend
+
+BY_STEP_FROM = 1024
+LEAST_SLICED_ROWS = 8
+LEAST_SLICED_PRODUCT = 2**20
 
 
 class Schedule(typing.NamedTuple):
@@ -16,6 +17,8 @@ class Schedule(typing.NamedTuple):
         keeps: Whether the forward loop keeps the values that a closed-form gradient
             needs, as in training. Otherwise the forward loop saves time and memory, and
             a gradient runs the loop again. Default: `True`.
+        by_step: Whether a loop leaves what it keeps unstacked, and the backward loop
+            computes factors timestep by timestep. `settled` sets it. Default: `False`.
         reads_ahead: Whether a loop that keeps nothing reads the projection one timestep
             ahead. XLA does not vectorise arithmetic for CPUs if the arithmetic reads a
             slice at an index that is only known as the loop runs. A copy of the slice,
@@ -27,12 +30,17 @@ class Schedule(typing.NamedTuple):
     unroll: bool = False
     keeps: bool = True
     reads_ahead: bool = False
+    by_step: bool = False
+
+    def settled(self, batch, units):
+        """Returns the schedule of a loop over `batch` rows, an int or a tensor."""
+        small = isinstance(batch, int) and batch * units < BY_STEP_FROM
+        return self._replace(
+            by_step=backend.runs_by_step() and not self.unroll and not small
+        )
 
 
-def transposes(kernel):
-    """Returns whether the backward loop transposes the recurrent kernel in advance.
-
-    Args:
-        kernel: Tensor of shape (U, G*U).
-    """
-    return kernel.shape[0] * kernel.shape[1] <= TRANSPOSED_AT_MOST
+def rows_of_a_sliced_batch(weights):
+    """Returns the least number of rows of a batch that runs in slices."""
+    units, width = weights.recurrent_kernel.shape
+    return max(LEAST_SLICED_ROWS, -(-LEAST_SLICED_PRODUCT // (units * width)))

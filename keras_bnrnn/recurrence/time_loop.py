@@ -9,15 +9,16 @@ from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn.frames import at_end
-from keras_bnrnn.recurrence import backward, forward
+from keras_bnrnn.recurrence import backward, block, forward
 from keras_bnrnn.recurrence.forward import Loop
+from keras_bnrnn.recurrence.schedule import rows_of_a_sliced_batch
 
 __all__ = ["Loop", "time_loop"]
 
 
 def time_loop(
     loop,
-    projected,
+    inputs,
     states,
     weights,
     lengths=None,
@@ -25,11 +26,14 @@ def time_loop(
     wants_states=True,
     derivative=None,
 ):
-    """Runs a cell's step over the timesteps of a projected sequence.
+    """Runs a cell's step over the timesteps of a sequence.
+
+    In a graph, slices of a large batch run side by side, as one loop for each core.
 
     Args:
         loop: `Loop`: the step, and how to run it.
-        projected: Tensor of shape (T, B, G*U), the input projection.
+        inputs: Tensor of shape (T, B, D), which is multiplied by `weights.kernel`. If
+            that is `None`: tensor of shape (T, B, G*U), the input projection.
         states: List of tensors of shape (B, U); the first one is the output.
         weights: `Weights` of the recurrence.
         lengths: int32 tensor (B,), the number of valid frames of each row. `None`
@@ -46,11 +50,88 @@ def time_loop(
         `states` is the list of the states (B, U) at the end of each row. `collected` is
         the list of collected tensors (T, ...).
     """
+    timesteps, batch = ops.shape(inputs)[:2]
+    units = states[0].shape[-1]
+    loop = loop._replace(schedule=loop.schedule.settled(batch, units))
+
+    def run(loop, inputs, states, weights, lengths):
+        return _run(
+            loop,
+            inputs,
+            states,
+            weights,
+            lengths,
+            return_sequences,
+            wants_states,
+            derivative,
+        )
+
+    sizes = [batch]
+    if not loop.collected and not loop.schedule.unroll:
+        sizes = backend.slice_sizes(batch, rows_of_a_sliced_batch(weights))
+    if len(sizes) == 1:
+        return run(loop, inputs, states, weights, lengths)
+
+    def split(x, axis=0):
+        if x is None:
+            return [None] * len(sizes)
+        return backend.split_rows(x, sizes, axis)
+
+    masks = split(weights.recurrent_dropout_mask)
+    slices = zip(
+        sizes,
+        split(loop.valid, axis=1),
+        split(inputs, axis=1),
+        zip(*map(split, states), strict=True),
+        masks,
+        split(lengths),
+        strict=True,
+    )
+    results = []
+    for size, valid, inputs_s, states_s, mask, lengths_s in slices:
+        turns = None
+        if not isinstance(size, int):
+            turns = ops.where(size > 0, timesteps, 0)
+        results.append(
+            run(
+                loop._replace(valid=valid, turns=turns),
+                inputs_s,
+                list(states_s),
+                weights._replace(recurrent_dropout_mask=mask),
+                lengths_s,
+            )
+        )
+    outputs, last, _ = zip(*results, strict=True)
+    if return_sequences:
+        outputs = ops.concatenate(outputs, axis=1)
+    last = [ops.concatenate(parts, axis=0) for parts in zip(*last, strict=True)]
+    return outputs if return_sequences else None, last, []
+
+
+def _run(
+    loop,
+    inputs,
+    states,
+    weights,
+    lengths,
+    return_sequences,
+    wants_states,
+    derivative,
+):
+    """Does what `time_loop` does, in one loop."""
     # The states at the end of a row are read from the states stacked over time.
     stacks = int(return_sequences)
     if lengths is not None:
         stacks = len(states) if wants_states else 1
-    if derivative is None:
+    as_block = block.runs_as_block(loop, weights, derivative)
+    if not as_block:
+        projected, weights = _projected(loop, inputs, weights)
+    if as_block:
+        collected = []
+        sequences, last = block.run(
+            loop, inputs, states, weights, stacks, lengths is None
+        )
+    elif derivative is None:
         sequences, last, _, collected = forward.run(
             loop, projected, states, weights, stacks
         )
@@ -63,6 +144,23 @@ def time_loop(
         last = [at_end(*pair, lengths) for pair in zip(sequences, states, strict=False)]
         last += states[stacks:]
     return sequences[0] if return_sequences else None, last, collected
+
+
+def _projected(loop, inputs, weights):
+    """Returns the input projection (T, B, G*U), and the weights that remain."""
+    if weights.kernel is None:
+        return inputs, weights
+    frames = ops.reshape(inputs, (-1, inputs.shape[-1]))
+    kernel, bias = weights.kernel, weights.bias
+    weights = weights._replace(kernel=None)
+    if bias is not None and loop.schedule.by_step:
+        # One operation, which saves one in each timestep.
+        projected = backend.product_and_bias(frames, kernel, bias)
+        weights = weights._replace(bias=None)
+    else:
+        projected = ops.matmul(frames, kernel)
+    shape = (*ops.shape(inputs)[:-1], kernel.shape[-1])
+    return ops.reshape(projected, shape), weights
 
 
 def _differentiated(loop, derivative, projected, states, weights, stacks, wants_last):
@@ -78,7 +176,7 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
     """
     in_loop = weights.in_loop()
     count = len(states)
-    keep = derivative.pre_activations, derivative.width(states[0].shape[-1])
+    kept_as = None
 
     def named(arguments):
         projected, *rest = arguments
@@ -86,7 +184,7 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
         return projected, rest[:count], weights.replaced(tensors)
 
     def flat(sequences, last):
-        return [*sequences[:stacks], *(last if wants_last else [])]
+        return [*sequences, *(last if wants_last else [])]
 
     def plain(*arguments):
         """Runs the loop so that the backend can differentiate it repeatedly."""
@@ -94,15 +192,14 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
         return flat(sequences, last)
 
     def keep_all(*arguments):
-        sequences, last, kept, _ = forward.run(
-            loop, *named(arguments), count, keep, differentiable=False
+        nonlocal kept_as
+        sequences, last, kept_as, _ = forward.run(
+            loop, *named(arguments), stacks, derivative, keeps=True
         )
-        return flat(sequences, last), [kept, *sequences]
+        return flat(sequences, last), kept_as.tensors()
 
     def keep_nothing(*arguments):
-        sequences, last, _, _ = forward.run(
-            loop, *named(arguments), stacks, differentiable=False
-        )
+        sequences, last, _, _ = forward.run(loop, *named(arguments), stacks, derivative)
         return flat(sequences, last), []
 
     keeps = loop.schedule.keeps
@@ -117,7 +214,7 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
             loop,
             derivative,
             *named(arguments),
-            (kept[0], kept[1:]),
+            kept_as.replaced(list(kept)),
             d_sequences,
             d_last,
         )

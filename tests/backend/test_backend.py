@@ -89,13 +89,9 @@ def test_value_and_slope(rng):
 
 
 def test_products(rng):
-    x, y, matrix = (
-        rng.normal(size=(3, 4)),
-        rng.normal(size=(3, 2)),
-        rng.normal(size=(5, 4)),
-    )
-    assert gap(backend.times_transposed(x, matrix), x @ matrix.T) <= 1e-14
+    x, y, bias = rng.normal(size=(3, 4)), rng.normal(size=(3, 2)), rng.normal(size=2)
     assert gap(backend.transposed_times(x, y), x.T @ y) <= 1e-14
+    assert gap(backend.product_and_bias(x.T, y, bias), x.T @ y + bias) <= 1e-14
 
 
 @pytest.mark.parametrize("graph", [False, True])

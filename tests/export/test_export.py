@@ -148,6 +148,7 @@ def test_padding_has_no_effect_whatever_it_holds(rng, tmp_path):
 
 @pytest.mark.parametrize("mask_zero", [False, True])
 def test_lengths_pass_through_an_embedding(mask_zero, rng, tmp_path):
+    """To rounding: on some CPUs a product with more rows rounds its last bit apart."""
     model = keras.Sequential(
         [
             keras.Input((None,), dtype="int32", name="ids"),
@@ -163,7 +164,7 @@ def test_lengths_pass_through_an_embedding(mask_zero, rng, tmp_path):
     padded = np.concatenate([ids, [[4, 7, 2]]], axis=1).astype("int32")
     (padded_out,) = serve(ids=tf.constant(padded), lengths=tf.constant([5])).values()
     (out,) = serve(ids=tf.constant(ids), lengths=tf.constant([5])).values()
-    np.testing.assert_array_equal(padded_out, out)
+    assert gap(padded_out, out) <= 1e-6
     assert gap(out, fold(model)(ids)) <= TOLERANCE
 
 

@@ -1,0 +1,237 @@
+"""Loops in graphs: timestep by timestep, in slices of the batch, as one operation.
+
+The same layer is run twice. Once its batch is large enough for the path under test.
+Once the path is switched off, the loop is whole, and TensorFlow differentiates it.
+"""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import KINDS, gap, random_mask, randomize
+from test_gradients import (
+    EACH,
+    B,
+    D,
+    T,
+    U,
+    differentiated_by_tensorflow,
+    make,
+    results,
+    states_of,
+)
+
+from keras_bnrnn import backend
+from keras_bnrnn.recurrence import block, schedule
+
+
+@pytest.fixture
+def slices(monkeypatch):
+    """The sizes of the slices of each call, of batches of 4 rows and more."""
+    seen = []
+    plain = backend.slice_sizes
+
+    def slice_sizes(batch, least):
+        seen.append(plain(batch, least))
+        return seen[-1]
+
+    monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 2)
+    monkeypatch.setattr(schedule, "BY_STEP_FROM", 0)
+    monkeypatch.setattr(schedule, "LEAST_SLICED_ROWS", 4)
+    monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT", 0)
+    monkeypatch.setattr(backend, "slice_sizes", slice_sizes)
+    return seen
+
+
+def whole(monkeypatch):
+    """One loop, all factors at once, and no closed forms."""
+    monkeypatch.setattr(backend, "slice_sizes", lambda batch, least: [batch])
+    monkeypatch.setattr(backend, "runs_by_step", lambda: False)
+    differentiated_by_tensorflow(monkeypatch)
+
+
+@pytest.mark.slow(but=["simple_rnn", "lstm", "lstm-peephole", "gru"])
+@EACH
+def test_slices_agree_with_the_whole_batch(kind, variant, slices, rng, monkeypatch):
+    """1e-11, of numbers of order 1 to 100 in float64."""
+    mask = tf.constant(random_mask(rng, B, T))
+    states, x = states_of(kind, rng), tf.constant(rng.normal(size=(B, T, D)))
+    cases = []
+    for options, m, training in (
+        ({"return_sequences": True, "go_backwards": True}, mask, True),
+        ({}, mask, True),
+        ({"return_sequences": True}, None, True),
+        ({"return_sequences": True, "statistics": "frame"}, mask, True),
+        ({}, None, False),
+    ):
+        layer = make(kind, rng, **options, **variant)
+        cases.append((layer, (x, states, m, training)))
+    ours = [results(layer, "graph", *arguments) for layer, arguments in cases]
+    assert slices == [[3, 3]] * len(cases)
+    whole(monkeypatch)
+    theirs = [results(layer, "graph", *arguments) for layer, arguments in cases]
+    for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
+        assert gap(a, b) <= 1e-11
+
+
+@pytest.mark.slow(but=["lstm", "gru"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_any_size(kind, slices, rng, monkeypatch):
+    """One trace for all sizes: those below 4 rows leave the second slice empty."""
+    layer = make(kind, rng, return_sequences=True)
+    start = [w.numpy() for w in layer.weights]
+    count = 2 if kind == "lstm" else 1
+    spec = [
+        tf.TensorSpec((None, None, D), tf.float64),
+        tf.TensorSpec((None, None), tf.bool),
+        *[tf.TensorSpec((None, U), tf.float64)] * count,
+    ]
+
+    def step(x, mask, *states):
+        weights = [w.value for w in layer.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch([x, *states])
+            outputs = layer(x, initial_state=list(states), mask=mask, training=True)
+            loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
+        return [*outputs, *tape.gradient(loss, [x, *states, *weights])]
+
+    ours = tf.function(step, input_signature=spec, autograph=False)
+    batches = [
+        (
+            tf.constant(rng.normal(size=(rows, length, D))),
+            tf.constant(rng.random((rows, length)) < 0.7),
+            *[tf.constant(rng.normal(size=(rows, U))) for _ in range(count)],
+        )
+        for rows, length in ((1, 3), (3, 4), (4, 2), (7, 5))
+    ]
+
+    def all_results(function):
+        found = []
+        for batch in batches:
+            for weight, value in zip(layer.weights, start, strict=True):
+                weight.assign(value)
+            found += function(*batch)
+        return found
+
+    found = all_results(ours)
+    assert ours.experimental_get_tracing_count() == 1
+    assert len(slices[0]) == 2
+    whole(monkeypatch)
+    expected = all_results(tf.function(step, input_signature=spec, autograph=False))
+    assert max(gap(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-11
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sequences", [False, True])
+def test_the_operations_of_a_block(sequences, masked, slices, rng, monkeypatch):
+    """They are float32: 2e-5 of numbers of order 1, against the loop in float64."""
+    mask = tf.constant(random_mask(rng, B, T)) if masked else None
+    states, x = states_of("lstm", rng), tf.constant(rng.normal(size=(B, T, D)))
+    double = make("lstm", rng, return_sequences=sequences)
+    single = KINDS["lstm"][0](
+        U, return_state=True, return_sequences=sequences, momentum=0.9
+    )
+    single.build((B, T, D))
+    for weight, value in zip(single.weights, double.weights, strict=True):
+        weight.assign(value)
+    used = []
+    run = block.run
+    monkeypatch.setattr(block, "run", lambda *a: used.append(1) or run(*a))
+    ours = results(
+        single,
+        "graph",
+        tf.cast(x, tf.float32),
+        [tf.cast(state, tf.float32) for state in states],
+        mask,
+        True,
+    )
+    assert len(used) == 2
+    whole(monkeypatch)
+    theirs = results(double, "graph", x, states, mask, True)
+    assert len(used) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert gap(a, b) <= 2e-5
+
+
+def test_second_derivatives_of_a_block(slices, rng, monkeypatch):
+    """Of a block and of the loop, both float32: 1e-4 of numbers of order 1 to 10."""
+    layer = KINDS["lstm"][0](U, return_sequences=True)
+    layer.build((B, T, D))
+    randomize(layer, rng)
+    x = tf.constant(rng.normal(size=(B, T, D)), tf.float32)
+    start = [w.numpy() for w in layer.weights]
+
+    def penalty():
+        for weight, value in zip(layer.weights, start, strict=True):
+            weight.assign(value)
+        weights = [w.value for w in layer.trainable_variables]
+
+        @tf.function(autograph=False)
+        def second(x):
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    loss = tf.reduce_sum(tf.sin(layer(x, training=True)))
+                squares = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+            return outer.gradient(squares, weights)
+
+        return second(x)
+
+    ours = penalty()
+    whole(monkeypatch)
+    for a, b in zip(ours, penalty(), strict=True):
+        assert gap(a, b) <= 1e-4
+
+
+def test_a_nested_function_and_recomputation(slices, rng, monkeypatch):
+    """The tensors that the loop keeps pass the borders of functions."""
+    layer = make("gru", rng, return_sequences=True)
+    x, states = tf.constant(rng.normal(size=(B, T, D))), states_of("gru", rng)
+    plain = results(layer, "graph", x, states, None, True)
+    call = layer.call
+    for wrap in (tf.function, tf.recompute_grad):
+        inner = wrap(lambda x, *s: call(x, initial_state=list(s), training=True))
+
+        def through(x, initial_state, mask, training, inner=inner):
+            return inner(x, *initial_state)
+
+        start = [w.numpy() for w in layer.weights]
+        weights = [layer.cell.kernel.value, layer.cell.recurrent_kernel.value]
+
+        @tf.function(autograph=False)
+        def step(x, *states, through=through, weights=weights):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                outputs = through(x, states, None, True)
+                loss = 0.0
+                for i, output in enumerate(outputs):
+                    factors = np.random.default_rng(3 + i).normal(size=output.shape)
+                    loss += tf.reduce_sum(tf.sin(output) * factors)
+            return [*outputs, *tape.gradient(loss, [x, *weights])]
+
+        found = step(x, *states)
+        for weight, value in zip(layer.weights, start, strict=True):
+            weight.assign(value)
+        order = [w.path for w in layer.trainable_variables]
+        position = len(found) - 3 + 1 + len(states)
+        expected = [
+            *plain[: len(found) - 3],
+            plain[len(found) - 3],
+            plain[position + order.index(layer.cell.kernel.path)],
+            plain[position + order.index(layer.cell.recurrent_kernel.path)],
+        ]
+        assert max(gap(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-11
+
+
+def test_small_batches_and_single_cores_are_not_sliced(monkeypatch):
+    @tf.function(autograph=False)
+    def sizes(batch, least):
+        found.append(backend.slice_sizes(batch, least))
+        return tf.constant(0)
+
+    found = []
+    monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 2)
+    sizes(7, 8), sizes(9, 8)
+    monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 1)
+    sizes(10, 8)
+    assert found == [[7], [5, 4], [10]]
+    assert backend.slice_sizes(64, 8) == [64]  # an eager call
