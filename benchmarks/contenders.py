@@ -73,6 +73,7 @@ def layer(name, shape, kind="lstm", mode="graph"):
     return own(shape[-1], statistics=statistics, **options)
 
 
+GRID = [(b, 100, u, u) for u in (64, 128, 256) for b in (16, 64, 128, 256)]
 FIT_MODELS = ("lstm", "gru", "masked lstm")
 FIT_SIZES = [(b, 100, 64, 64) for b in (1, 16, 32, 64, 128, 256)]
 FIT_STEPS = 16  # batches in an epoch

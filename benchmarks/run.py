@@ -108,6 +108,58 @@ def fit(arguments):
     return results
 
 
+def models(arguments):
+    """Steps of the whole models of `contenders.WHOLE` under `fit`."""
+    import contenders
+    import keras
+    import timing
+
+    results = []
+    for name in contenders.WHOLE:
+        times = {}
+        for mode, jit_compile in contenders.FIT_MODES.items():
+            keras.backend.clear_session()
+            functions = {
+                f"{side}/{mode}": contenders.fitted_whole(side, name, jit_compile)
+                for side in ("bn", "keras")
+            }
+            times |= timing.alternate(functions, arguments.seconds / 3, least=4)
+        results.append({"model": name, "times": times})
+        print("models", name, brief(times), flush=True)
+    return results
+
+
+def grid(arguments):
+    """Steps by batch size and units: training in a graph and by XLA, inference."""
+    import contenders
+    import keras
+    import timing
+
+    results = {}
+    for part, kind, modes in (
+        ("training", "lstm", contenders.MODES),
+        ("training", "gru", contenders.MODES),
+        ("inference", "lstm", ("graph",)),
+        ("inference", "gru", ("graph",)),
+    ):
+        build = getattr(contenders, f"{part}_step")
+        found = results.setdefault(part, {})[kind] = []
+        for shape in contenders.GRID:
+            keras.backend.clear_session()
+            x = contenders.frames(shape)
+            functions = {
+                f"{name}/{mode}": build(
+                    contenders.model(name, shape, kind, mode), x, mode
+                )
+                for mode in modes
+                for name in ("bn", "keras")
+            }
+            times = timing.alternate(functions, arguments.seconds / 10, least=5)
+            found.append({"shape": shape, "times": times})
+            print("grid", part, kind, shape, brief(times), flush=True)
+    return results
+
+
 def inference(arguments):
     import contenders
 
@@ -219,6 +271,8 @@ def gpu(arguments):
 
 
 PARTS = {
+    "models": models,
+    "grid": grid,
     "fit": fit,
     "training": training,
     "inference": inference,
@@ -280,6 +334,32 @@ def targets(data):
             held &= max(found) <= each
         rows.append((what, ", ".join(bounds), found, held))
 
+    if "models" in data:
+        for mode, title, each in (
+            ("default", "`fit` of whole models / stock", 1.0),
+            (
+                "jit_compile=True",
+                "The same with `jit_compile=True` on both sides",
+                1.05,
+            ),
+        ):
+            add(title, fit_ratios(data["models"], mode), 0.80, each)
+    if "grid" in data:
+        steps = [r for of in data["grid"]["training"].values() for r in of]
+        add(
+            "Grid, training in a graph / keras",
+            ratios(of_mode(steps, "graph"), "bn", "keras"),
+            0.80,
+            1.0,
+        )
+        add("Grid, training / keras", ratios(steps, "bn", "keras"), 0.75, 0.95)
+        steps = [r for of in data["grid"]["inference"].values() for r in of]
+        add(
+            "Grid, inference in a graph / keras",
+            ratios(steps, "bn", "keras"),
+            0.85,
+            1.0,
+        )
     if "training" in data:
         lstm = data["training"]["lstm"]
         add(
@@ -401,6 +481,8 @@ def report(data):
         "milliseconds, with the middle half of the measurements in brackets. The "
         "machine is shared: times move by some 20 % from run to run, ratios by less.",
         "",
+        *models_section(data),
+        *grid_section(data),
         *fit_section(data),
         "## Single steps",
         "",
@@ -501,6 +583,63 @@ def fit_ratios(results, mode, ours_mode=None):
     ]
 
 
+def models_section(data):
+    """The table of whole models."""
+    if "models" not in data:
+        return []
+    rows = [["model", "default, ms", "ratio", "`jit_compile=True`, ms", "ratio"]]
+    for result in data["models"]:
+        cells = [result["model"]]
+        for mode in ("default", "jit_compile=True"):
+            own, stock = (result["times"][f"{n}/{mode}"][0] for n in ("bn", "keras"))
+            cells += [f"{own * 1e3:.0f} / {stock * 1e3:.0f}", f"{own / stock:.2f}"]
+        rows.append(cells)
+    return [
+        "## Whole models under `fit`",
+        "",
+        "The time of a step of `model.fit` with our layers / with the stock ones. "
+        "Sequences have 100 timesteps, those of the language model 35; masked ones are "
+        "padded to them from 50 to 100. The language model is frame-wise.",
+        "",
+        table(rows),
+        "",
+    ]
+
+
+def grid_section(data):
+    """The tables of steps by batch size and units."""
+    if "grid" not in data:
+        return []
+    lines = [
+        "## Steps by batch size and units",
+        "",
+        "Our step over Keras' step, T 100, D = U, `return_sequences`, no mask. "
+        "*best* takes the faster of graph and XLA on each side.",
+        "",
+        "![Training steps by batch size](training.png)",
+        "",
+    ]
+    batches = sorted({r["shape"][0] for r in data["grid"]["training"]["lstm"]})
+    rows = [["what", "U", *(f"B = {b}" for b in batches)]]
+    for part, kinds in data["grid"].items():
+        for kind, results in kinds.items():
+            for units in sorted({r["shape"][-1] for r in results}):
+                some = [r for r in results if r["shape"][-1] == units]
+                modes = [("graph", of_mode(some, "graph"))]
+                if part == "training":
+                    modes += [("XLA", of_mode(some, "xla")), ("best", some)]
+                for mode, chosen in modes:
+                    found = ratios(chosen, "bn", "keras")
+                    rows.append(
+                        [
+                            f"{part}, {kind}, {mode}",
+                            units,
+                            *(f"{r:.2f}" for r in found),
+                        ]
+                    )
+    return [*lines, table(rows), ""]
+
+
 def fit_section(data):
     """The table of what a user of `fit` sees."""
     if "fit" not in data:
@@ -526,8 +665,6 @@ def fit_section(data):
         "Adam. Below 1, ours is faster. Keras compiles with XLA by default only where "
         "it sees a GPU: on this machine the default is a plain TensorFlow graph.",
         "",
-        "![Steps of fit](training.png)",
-        "",
         table(rows),
         "",
     ]
@@ -537,21 +674,31 @@ def fit_section(data):
     return lines
 
 
-def fit_chart(data, directory, plt):
-    figure, axes = plt.subplots(1, len(data["fit"]), figsize=(10, 3.8), sharey=True)
-    for axis, (kind, results) in zip(axes, data["fit"].items(), strict=True):
-        bars = [("default", "compile(): the default"), ("jit_compile=True",) * 2]
-        for i, (mode, label) in enumerate(bars):
-            where = [x + (i - 0.5) * 0.38 for x in range(len(results))]
-            axis.bar(where, fit_ratios(results, mode), 0.38, label=label)
+def grid_chart(data, directory, plt):
+    training = data["grid"]["training"]
+    figure, axes = plt.subplots(1, len(training), figsize=(10, 3.8), sharey=True)
+    for axis, (kind, results) in zip(axes, training.items(), strict=True):
+        for color, units in zip(
+            ("C0", "C1", "C2"), sorted({r["shape"][-1] for r in results}), strict=True
+        ):
+            some = [r for r in results if r["shape"][-1] == units]
+            for mode, line in (("graph", "o-"), ("xla", "s--")):
+                axis.plot(
+                    range(len(some)),
+                    ratios(of_mode(some, mode), "bn", "keras"),
+                    line,
+                    color=color,
+                    label=f"{units} units, {'XLA' if mode == 'xla' else mode}",
+                )
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(results)), [r["shape"][0] for r in results])
+        axis.set_ylim(bottom=0.0)
+        axis.set_xticks(range(len(some)), [r["shape"][0] for r in some])
         axis.set_xlabel("batch size")
-        axis.set_title(FIT_TITLES[kind], fontsize=10)
-    axes[0].set_ylabel("step of fit, stock Keras layer = 1")
+        axis.set_title(f"BN{kind.upper()}", fontsize=10)
+    axes[0].set_ylabel("training step, stock Keras layer = 1")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.86))
     figure.savefig(directory / "training.png", dpi=120)
     plt.close(figure)
 
@@ -562,8 +709,8 @@ def charts(data, directory):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if "fit" in data:
-        fit_chart(data, directory, plt)
+    if "grid" in data:
+        grid_chart(data, directory, plt)
     if "training" in data:
         figure, axis = plt.subplots(figsize=(9, 4.4))
         names = [

@@ -51,7 +51,11 @@ def value_and_slope(function, x):
     require_time_loop()
 
 
-def runs_by_step():
+def is_traced():
+    return False
+
+
+def in_plain_graph():
     return False
 
 

@@ -48,7 +48,7 @@ def scan(
         ahead: Whether to read each timestep one turn ahead. It has no effect with
             `unroll`. Default: `False`.
         stacks: The number of tensors to stack, the first ones of `specs`. Where
-            `runs_by_step()`, the other ones are left as they are, one tensor for each
+            `in_plain_graph()`, the other ones are left as they are, one tensor for each
             timestep. `None` (default): all are stacked.
         turns: The number of turns, T or 0, an int or a tensor. Stacked tensors are 0 if
             there is no turn. `None` (default): T.
@@ -96,7 +96,7 @@ def scan(
         parallel_iterations=32,
         swap_memory=True,
     )
-    count = len(specs) if stacks is None or not runs_by_step() else stacks
+    count = len(specs) if stacks is None or not in_plain_graph() else stacks
 
     def stack(array, spec):
         if turns is None:
@@ -112,13 +112,17 @@ def scan(
     ]
 
 
-def runs_by_step():
-    """Returns whether `scan` can leave tensors unstacked: in a graph without XLA.
+def is_traced():
+    """Returns whether a function is being traced, rather than run eagerly."""
+    return not tf.executing_eagerly()
 
-    There a stack is a copy. Under XLA it is none, and an eager loop runs fastest if it
-    does as much as possible before the loop and after it.
+
+def in_plain_graph():
+    """Returns whether a graph is being traced that XLA does not compile.
+
+    There a stack of tensors is a copy, and independent loops run side by side.
     """
-    return not tf.executing_eagerly() and not compiled_by_xla()
+    return is_traced() and not compiled_by_xla()
 
 
 class Unstacked:
@@ -196,7 +200,7 @@ def slice_sizes(batch, least):
         List of ints; or of tensors if `batch` is one: the second slice is then empty if
         the batch is not sliced.
     """
-    if not runs_by_step() or has_fused_kernels() or cores() < 2:
+    if not in_plain_graph() or has_fused_kernels() or cores() < 2:
         return [batch]
     if not isinstance(batch, int):
         second = tf.where(batch < least, 0, batch // 2)
@@ -407,7 +411,7 @@ def has_block(name):
     Args:
         name: `"lstm"`, or another value, for which there are none.
     """
-    return name == "lstm" and runs_by_step() and not has_fused_kernels()
+    return name == "lstm" and in_plain_graph() and not has_fused_kernels()
 
 
 def has_fused_kernels():

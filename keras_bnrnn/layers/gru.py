@@ -123,16 +123,20 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         gates, candidate = slice(0, 2 * units), slice(2 * units, 3 * units)
         recurrent_bias = weights.more["recurrent_bias"]
         if recurrent_bias is not None:
-            recurrent = recurrent + recurrent_bias
+            recurrent = backend.plus_bias(recurrent, recurrent_bias)
+        x_gates, x_candidate = ops.split(projected, [2 * units], axis=-1)
+        h_gates = recurrent
+        if self.reset_after:
+            h_gates, h_candidate = ops.split(recurrent, [2 * units], axis=-1)
 
-        a = norm("joint", projected[:, gates] + recurrent[:, gates], gates)
+        a = norm("joint", x_gates + h_gates, gates)
         z, r = ops.split(self.recurrent_activation(a), 2, axis=-1)  # (B, 2U): z, r
         if self.reset_after:
-            b = r * recurrent[:, candidate]
+            b = r * h_candidate
         else:
             h = weights.dropped(h_before)
             b = ops.matmul(r * h, weights.recurrent_kernel[:, candidate])
-        a = norm("joint", projected[:, candidate] + b, candidate)
+        a = norm("joint", x_candidate + b, candidate)
         candidate = self.activation(a)
         return [candidate + z * (h_before - candidate)]
 

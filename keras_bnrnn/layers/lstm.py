@@ -8,6 +8,7 @@ from keras import ops
 from keras.activations import sigmoid, tanh
 from keras.backend import standardize_dtype
 
+from keras_bnrnn import backend
 from keras_bnrnn.backend import value_and_slope
 from keras_bnrnn.layers.activations import bounded, elementwise
 from keras_bnrnn.layers.arguments import (
@@ -159,7 +160,9 @@ def advance(activations, a, states, peephole):
         states: h and c before the step.
         peephole: Tensor (3, U), or `None`.
     """
-    if peephole is None and are_by_tanh(activations, a):
+    by_tanh = peephole is None and are_by_tanh(activations, a)
+    # In a graph the arithmetic that makes gates of the tanh costs more than it saves.
+    if by_tanh and not backend.in_plain_graph():
         return advance_by_tanh(tanh_of_gates(a), states)
     _, c_before = states
     gate = activations.recurrent_activation

@@ -35,9 +35,13 @@ class Schedule(typing.NamedTuple):
     def settled(self, batch, units):
         """Returns the schedule of a loop over `batch` rows, an int or a tensor."""
         small = isinstance(batch, int) and batch * units < BY_STEP_FROM
-        return self._replace(
-            by_step=backend.runs_by_step() and not self.unroll and not small
+        by_step = (
+            backend.is_traced()
+            and not self.unroll
+            and not backend.has_fused_kernels()
+            and not (small and backend.in_plain_graph())
         )
+        return self._replace(by_step=by_step)
 
 
 def rows_of_a_sliced_batch(weights):

@@ -153,7 +153,7 @@ def _projected(loop, inputs, weights):
     frames = ops.reshape(inputs, (-1, inputs.shape[-1]))
     kernel, bias = weights.kernel, weights.bias
     weights = weights._replace(kernel=None)
-    if bias is not None and loop.schedule.by_step:
+    if bias is not None and backend.in_plain_graph():
         # One operation, which saves one in each timestep.
         projected = backend.product_and_bias(frames, kernel, bias)
         weights = weights._replace(bias=None)

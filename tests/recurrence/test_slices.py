@@ -45,7 +45,7 @@ def slices(monkeypatch):
 def whole(monkeypatch):
     """One loop, all factors at once, and no closed forms."""
     monkeypatch.setattr(backend, "slice_sizes", lambda batch, least: [batch])
-    monkeypatch.setattr(backend, "runs_by_step", lambda: False)
+    monkeypatch.setattr(backend, "is_traced", lambda: False)
     differentiated_by_tensorflow(monkeypatch)
 
 
