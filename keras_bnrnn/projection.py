@@ -10,7 +10,9 @@ from keras_bnrnn import statistics as stats
 
 
 def normalized_projection(norm, frames, kernel, valid=None):
-    """Computes what makes `BN(frames . kernel)` by batch statistics, and updates `norm`.
+    """Computes the parts of `BN(frames . kernel)` by batch statistics.
+
+    It updates `norm` by the batch statistics.
 
     Args:
         norm: The `SequenceBatchNorm` of the projection.

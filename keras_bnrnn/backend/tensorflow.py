@@ -96,20 +96,16 @@ def scan(
         parallel_iterations=32,
         swap_memory=True,
     )
-    count = len(specs) if stacks is None or not in_plain_graph() else stacks
+    rows = tf.shape(carry[0])[:1] if carry else None
 
-    def stack(array, spec):
+    def result(i):
+        if stacks is not None and i >= stacks and in_plain_graph():
+            return arrays[i].flow
         if turns is None:
-            return array.stack()
-        return Unstacked(array.flow, spec).stack(tf.shape(carry[0])[:1])
+            return arrays[i].stack()
+        return Unstacked(arrays[i].flow, specs[i]).stack(rows)
 
-    return list(carry), [
-        *(
-            stack(array, spec)
-            for array, spec in zip(arrays, specs[:count], strict=False)
-        ),
-        *(array.flow for array in arrays[count:]),
-    ]
+    return list(carry), [result(i) for i in range(len(specs))]
 
 
 def is_traced():
