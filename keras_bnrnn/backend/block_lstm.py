@@ -69,10 +69,7 @@ def backward(
     """
     units = recurrent_kernel.shape[0]
     timesteps = tf.shape(frames)[0]
-    before = [
-        tf.concat([first[None], sequence[:-1]], axis=0)
-        for first, sequence in zip(states, sequences, strict=True)
-    ]
+    (first_h, first_c), (h, c) = states, sequences
     # The gradient of `LSTMBlockCellGrad` has the order i, c, f, o.
     transposed = tf.transpose(_swapped(recurrent_kernel))
     no_peephole = tf.zeros([units], frames.dtype)
@@ -86,7 +83,8 @@ def backward(
         h_gradient = dh + d_sequences[0][t] if d_sequences else dh
         c_gradient = dc + d_sequences[1][t] if len(d_sequences) > 1 else dc
         gate_i, gate_f, gate_o, candidate, tanh_c = (value[t] for value in kept)
-        c_before = before[1][t]
+        # Selected here: a sequence of the cell states before each step is a copy.
+        c_before = tf.where(t > 0, c[tf.maximum(t - 1, 0)], first_c)
         step = tf.raw_ops.LSTMBlockCellGrad(
             x=no_input,
             cs_prev=c_before,
@@ -128,18 +126,18 @@ def backward(
         element_dtype=frames.dtype,
     )
     d_gates = tf.reshape(stack, [-1, 4 * units])
-
-    def against(sequence):
-        flat = tf.reshape(sequence, [-1, sequence.shape[-1]])
-        return _swapped(tf.matmul(flat, d_gates, transpose_a=True))
-
+    d_kernel = tf.matmul(_flat(frames), d_gates, transpose_a=True)
+    # A slice of timesteps is no copy.
+    d_recurrent_kernel = tf.matmul(
+        _flat(h[:-1]), _flat(stack[1:]), transpose_a=True
+    ) + tf.matmul(first_h, stack[0], transpose_a=True)
     d_frames = tf.matmul(d_gates, _swapped(kernel), transpose_b=True)
     return [
         tf.reshape(d_frames, tf.shape(frames)),
         dh,
         dc,
-        against(frames),
-        against(before[0]),
+        _swapped(d_kernel),
+        _swapped(d_recurrent_kernel),
         _swapped(tf.reduce_sum(d_gates, axis=0)),
     ]
 
@@ -148,3 +146,8 @@ def _swapped(columns):
     """Exchanges the second and the third gate of the columns of a tensor."""
     i, f, c, o = tf.split(columns, 4, axis=-1)
     return tf.concat([i, c, f, o], axis=-1)
+
+
+def _flat(sequence):
+    """Reshapes (T, B, F) to (T*B, F)."""
+    return tf.reshape(sequence, [-1, sequence.shape[-1]])
