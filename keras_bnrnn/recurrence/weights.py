@@ -7,7 +7,7 @@ class Weights(typing.NamedTuple):
     """The tensors of one recurrence: the trained or the folded weights of a cell.
 
     Attributes:
-        kernel: Tensor (D, G*U).
+        kernel: Tensor (D, G*U). `None` if the input is already projected.
         recurrent_kernel: Tensor (U, G*U).
         bias: Tensor (G*U,), added to the input projection. `None` (default) for 0.
         more: Dict from names to the other tensors of the cell. A value is `None` if the
