@@ -67,7 +67,9 @@ def time_loop(
         )
 
     sizes = [batch]
-    if not loop.collected and not loop.schedule.unroll:
+    # Converters of exported graphs do not support slices that may be empty.
+    may_be_empty = not isinstance(batch, int) and not loop.schedule.keeps
+    if not loop.collected and not loop.schedule.unroll and not may_be_empty:
         sizes = backend.slice_sizes(batch, rows_of_a_sliced_batch(weights))
     if len(sizes) == 1:
         return run(loop, inputs, states, weights, lengths)
