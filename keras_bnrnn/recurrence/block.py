@@ -53,12 +53,9 @@ def run(loop, frames, states, weights, stacks, wants_last):
         """Runs the loop so that the backend can differentiate it repeatedly."""
         frames, states, kernel, recurrent_kernel, bias = named(arguments)
         own = weights._replace(
-            kernel=None, recurrent_kernel=recurrent_kernel, bias=bias
+            kernel=kernel, recurrent_kernel=recurrent_kernel, bias=bias
         )
-        flat = ops.reshape(frames, (-1, frames.shape[-1]))
-        projected = ops.reshape(
-            ops.matmul(flat, kernel), (*ops.shape(frames)[:2], kernel.shape[-1])
-        )
+        projected, own = forward.projected(frames, own)
         sequences, last, _, _ = forward.run(loop, projected, states, own, stacks)
         return [*sequences, *(last if wants_last else [])]
 

@@ -39,6 +39,30 @@ class Loop(typing.NamedTuple):
     schedule: Schedule = Schedule()
 
 
+def projected(inputs, weights):
+    """Computes the input projection.
+
+    Args:
+        inputs, weights: As in `time_loop`.
+
+    Returns:
+        The projection (T, B, G*U), and the weights without what it contains.
+    """
+    if weights.kernel is None:
+        return inputs, weights
+    frames = ops.reshape(inputs, (-1, inputs.shape[-1]))
+    kernel, bias = weights.kernel, weights.bias
+    weights = weights._replace(kernel=None)
+    if bias is not None and backend.in_plain_graph():
+        # One operation, which saves one in each timestep.
+        product = backend.product_and_bias(frames, kernel, bias)
+        weights = weights._replace(bias=None)
+    else:
+        product = ops.matmul(frames, kernel)
+    shape = (*ops.shape(inputs)[:-1], kernel.shape[-1])
+    return ops.reshape(product, shape), weights
+
+
 def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False):
     """Runs the forward loop.
 

@@ -5,6 +5,8 @@ computes the recurrent product, the states, the results stacked over time, and t
 gradient. Tensors over time have the shape (T, B, ...), in the order of processing.
 """
 
+import functools
+
 from keras import ops
 
 from keras_bnrnn import backend
@@ -28,7 +30,7 @@ def time_loop(
 ):
     """Runs a cell's step over the timesteps of a sequence.
 
-    In a graph, slices of a large batch run side by side, as one loop for each core.
+    In a graph on CPUs, two slices of a large batch run side by side, as two loops.
 
     Args:
         loop: `Loop`: the step, and how to run it.
@@ -54,18 +56,12 @@ def time_loop(
     units = states[0].shape[-1]
     loop = loop._replace(schedule=loop.schedule.settled(batch, units))
 
-    def run(loop, inputs, states, weights, lengths):
-        return _run(
-            loop,
-            inputs,
-            states,
-            weights,
-            lengths,
-            return_sequences,
-            wants_states,
-            derivative,
-        )
-
+    run = functools.partial(
+        _run,
+        return_sequences=return_sequences,
+        wants_states=wants_states,
+        derivative=derivative,
+    )
     sizes = [batch]
     # Converters of exported graphs do not support slices that may be empty.
     may_be_empty = not isinstance(batch, int) and not loop.schedule.keeps
@@ -79,13 +75,12 @@ def time_loop(
             return [None] * len(sizes)
         return backend.split_rows(x, sizes, axis)
 
-    masks = split(weights.recurrent_dropout_mask)
     slices = zip(
         sizes,
         split(loop.valid, axis=1),
         split(inputs, axis=1),
         zip(*map(split, states), strict=True),
-        masks,
+        split(weights.recurrent_dropout_mask),
         split(lengths),
         strict=True,
     )
@@ -111,58 +106,32 @@ def time_loop(
 
 
 def _run(
-    loop,
-    inputs,
-    states,
-    weights,
-    lengths,
-    return_sequences,
-    wants_states,
-    derivative,
+    loop, inputs, states, weights, lengths, return_sequences, wants_states, derivative
 ):
     """Does what `time_loop` does, in one loop."""
     # The states at the end of a row are read from the states stacked over time.
     stacks = int(return_sequences)
     if lengths is not None:
         stacks = len(states) if wants_states else 1
-    as_block = block.runs_as_block(loop, weights, derivative)
-    if not as_block:
-        projected, weights = _projected(loop, inputs, weights)
-    if as_block:
-        collected = []
+    collected = []
+    if block.runs_as_block(loop, weights, derivative):
         sequences, last = block.run(
             loop, inputs, states, weights, stacks, lengths is None
         )
-    elif derivative is None:
-        sequences, last, _, collected = forward.run(
-            loop, projected, states, weights, stacks
-        )
     else:
-        collected = []
-        sequences, last = _differentiated(
-            loop, derivative, projected, states, weights, stacks, lengths is None
-        )
+        projected, weights = forward.projected(inputs, weights)
+        if derivative is None:
+            sequences, last, _, collected = forward.run(
+                loop, projected, states, weights, stacks
+            )
+        else:
+            sequences, last = _differentiated(
+                loop, derivative, projected, states, weights, stacks, lengths is None
+            )
     if lengths is not None:
         last = [at_end(*pair, lengths) for pair in zip(sequences, states, strict=False)]
         last += states[stacks:]
     return sequences[0] if return_sequences else None, last, collected
-
-
-def _projected(loop, inputs, weights):
-    """Returns the input projection (T, B, G*U), and the weights that remain."""
-    if weights.kernel is None:
-        return inputs, weights
-    frames = ops.reshape(inputs, (-1, inputs.shape[-1]))
-    kernel, bias = weights.kernel, weights.bias
-    weights = weights._replace(kernel=None)
-    if bias is not None and backend.in_plain_graph():
-        # One operation, which saves one in each timestep.
-        projected = backend.product_and_bias(frames, kernel, bias)
-        weights = weights._replace(bias=None)
-    else:
-        projected = ops.matmul(frames, kernel)
-    shape = (*ops.shape(inputs)[:-1], kernel.shape[-1])
-    return ops.reshape(projected, shape), weights
 
 
 def _differentiated(loop, derivative, projected, states, weights, stacks, wants_last):
