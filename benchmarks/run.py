@@ -691,10 +691,10 @@ def grid_chart(data, directory, plt):
                     label=f"{units} units, {'XLA' if mode == 'xla' else mode}",
                 )
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_ylim(bottom=0.0)
         axis.set_xticks(range(len(some)), [r["shape"][0] for r in some])
         axis.set_xlabel("batch size")
         axis.set_title(f"BN{kind.upper()}", fontsize=10)
+    axes[0].set_ylim(bottom=0.0)  # of all axes, now that all lines are drawn
     axes[0].set_ylabel("training step, stock Keras layer = 1")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False)

@@ -179,8 +179,8 @@ def advance(activations, a, states, peephole):
 def tanh_of_gates(a):
     """Computes the tanh (..., 4U) that the gates of usual activations are made of.
 
-    `sigmoid(a) = tanh(a / 2) / 2 + 1 / 2`. One tanh of all gates together costs less
-    than three sigmoids and one tanh of slices.
+    `sigmoid(a) = tanh(a / 2) / 2 + 1 / 2`. Under XLA one tanh of all gates together
+    costs less than three sigmoids and one tanh of slices.
     """
     return ops.tanh(a * _halves(a))
 
