@@ -36,7 +36,12 @@ def saved(tmp_path_factory):
 )
 @pytest.mark.parametrize("name", list(saved_answers.layers()))
 def test_saved_answers(name, saved):
-    """1e-6, of float64 layers but for those that are float32."""
+    """1e-6, of float64 layers but for those that are float32.
+
+    Sums in float32 are rounded by 6e-8 of their largest term, differently on each
+    processor. Gradients of 10 differ by 4e-6 in entries of 0.3. In float32 the 1e-6 are
+    therefore relative to the largest entry of an array, if it exceeds 1.
+    """
     directory, arrays = saved
     masks = {
         key.removeprefix("mask/"): value
@@ -53,4 +58,7 @@ def test_saved_answers(name, saved):
     }
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
+        largest = np.max(np.abs(value), initial=1) if value.dtype == np.float32 else 1
+        np.testing.assert_allclose(
+            found[key], value, rtol=1e-6, atol=1e-6 * largest, err_msg=key
+        )

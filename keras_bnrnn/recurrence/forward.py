@@ -106,6 +106,8 @@ def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False
 
     def body(states, elements):
         projected_t, valid_t = [*elements, None][:2]
+        # Not cleared: the backward loop reads in them the states after the step before.
+        before = states if schedule.by_step else []
         if clears:
             states = [ops.where(valid_t, s, ops.zeros_like(s)) for s in states]
         if weights.bias is not None:
@@ -118,7 +120,6 @@ def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False
             return new, [*new[:count], *collected]
         values = derivative.keep(projected_t, recurrent_t, states, weights)
         new = derivative.advance(values, states, weights)
-        before = states if schedule.by_step else []
         return new, [*new[:count], *values, *before]
 
     last, results = backend.scan(
