@@ -148,7 +148,7 @@ def test_independent_features_keep_to_the_moments():
         x = generator.normal(size=(1000, width)).astype("float32")
         w = generator.normal(size=(width, 40)).astype("float32")
         centred = x - x.mean(axis=0)
-        variance, cancels = projection.variance_by_covariance(
+        variance, _, cancels = projection.variance_by_covariance(
             tf.constant(centred), tf.constant(w), tf.constant([[1000.0]])
         )
         assert not cancels
