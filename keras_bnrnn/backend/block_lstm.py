@@ -78,13 +78,10 @@ def backward(
     no_kernel = tf.zeros([1 + units, 4 * units], frames.dtype)
     no_bias = tf.zeros([4 * units], frames.dtype)
 
-    def body(i, dh, dc, array):
-        t = timesteps - 1 - i
+    def step_back(t, c_before, dh, dc, array):
         h_gradient = dh + d_sequences[0][t] if d_sequences else dh
         c_gradient = dc + d_sequences[1][t] if len(d_sequences) > 1 else dc
         gate_i, gate_f, gate_o, candidate, tanh_c = (value[t] for value in kept)
-        # Selected here: a sequence of the cell states before each step is a copy.
-        c_before = tf.where(t > 0, c[tf.maximum(t - 1, 0)], first_c)
         step = tf.raw_ops.LSTMBlockCellGrad(
             x=no_input,
             cs_prev=c_before,
@@ -105,21 +102,27 @@ def backward(
             use_peephole=False,
         )
         through = tf.matmul(step.dicfo, transposed)
-        return i + 1, through, step.cs_prev_grad, array.write(t, step.dicfo)
+        return through, step.cs_prev_grad, array.write(t, step.dicfo)
+
+    def body(i, *carry):
+        t = timesteps - 1 - i
+        return i + 1, *step_back(t, c[t - 1], *carry)
 
     array = tf.TensorArray(
         frames.dtype,
         size=timesteps,
         element_shape=tf.TensorShape([frames.shape[1], 4 * units]),
     )
-    end = timesteps if turns is None else turns
-    _, dh, dc, array = tf.while_loop(
+    # The first step is outside the loop: it alone reads the first cell state.
+    end = (timesteps if turns is None else turns) - 1
+    _, *carry = tf.while_loop(
         lambda i, *_: i < end,
         body,
         (tf.constant(0), *d_last, array),
         maximum_iterations=timesteps,
         parallel_iterations=32,
     )
+    dh, dc, array = step_back(0, first_c, *carry)
     stack = tf.raw_ops.TensorListStack(
         input_handle=array.flow,
         element_shape=tf.stack([tf.shape(frames)[1], 4 * units]),
