@@ -92,7 +92,10 @@ def normalize_model(
 
         Outputs agree to 1e-5 for inputs whose mean is not large compared with their
         deviation, as those of `fold` do. With half precision they agree to the
-        rounding of its dtype.
+        rounding of its dtype. They differ for masked inputs of an unrolled stock layer
+        that goes backwards and has zeros as masked outputs, such as the backward layer
+        of `Bidirectional(LSTM(8, return_sequences=True, unroll=True))`: Keras 3.15
+        applies the mask to its outputs in the wrong order, and the new layer does not.
 
     Raises:
         ValueError: If `model` is subclassed, not built, or has no recurrent layer, if
