@@ -12,7 +12,9 @@ from keras_bnrnn.layers import (
     BNSimpleRNN,
     BNSimpleRNNCell,
 )
+from keras_bnrnn.normalizing import normalize_model
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
+from keras_bnrnn.torch_weights import from_torch
 
 try:
     __version__ = importlib.metadata.version("keras-bnrnn")
@@ -43,5 +45,7 @@ __all__ = [
     "SequenceBatchNorm",
     "export_saved_model",
     "fold",
+    "from_torch",
+    "normalize_model",
     "recalibrate",
 ]

@@ -98,6 +98,31 @@ def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
     }
 
 
+def population_statistics(model, norms, data, steps, batch_size, verbose):
+    """Computes mean and variance of the inputs of some layers, in one pass.
+
+    The inputs are those of `model(x, training=False)`. The model is not changed.
+
+    Args:
+        norms: List of `SequenceBatchNorm`, in `model`.
+        model, data, steps, batch_size, verbose: As for `recalibrate`.
+
+    Returns:
+        List of `(mean, variance)` of each layer in `norms`: float64 arrays (F,).
+
+    Raises:
+        ValueError: As for `recalibrate`.
+    """
+    batches = _Batches(model, data, steps, batch_size)
+    batches.first()
+    by_norm = {id(target.norm): target for target in _find_targets(model)}
+    targets = [by_norm[id(norm)] for norm in norms]
+    if verbose:
+        print(f"Calibrating {', '.join(target.name for target in targets)}")
+    with _unchanged_states(model):
+        return _reader(model, targets, batches, verbose)()
+
+
 class _Target:
     """A `SequenceBatchNorm` and the layer whose calls determine its inputs.
 
@@ -416,46 +441,13 @@ def _open_axes(model):
 
 def _recalibrate_group(model, group, batches, label, verbose):
     names = ", ".join(target.name for target in group)
-    sums = {id(target): _RunningMoments(target.norm) for target in group}
-
-    def heard(target, inputs, initial_state, mask):
-        sums[id(target)].add(*target.pre_activations(inputs, initial_state, mask))
-
-    def run(x):
-        # Returns nothing, so the layers above the group are not computed.
-        model(x, training=False)
-
-    compiled = []
-
-    def one_pass():
-        for variable in _state_variables(model):
-            variable.assign(ops.zeros_like(variable))
-        for moments in sums.values():
-            moments.reset()
-        bar = keras.utils.Progbar(batches.count, verbose=verbose, unit_name="batch")
-        with _listening(group, heard):
-            for number, x in enumerate(batches, start=1):
-                if not compiled:
-                    compiled.append(backend.compiled(run, x, _open_axes(model)))
-                compiled[0](x)
-                for target in group:
-                    _require_finite(target, sums[id(target)], number)
-                bar.update(number, finalize=False)
-        bar.update(batches.count, finalize=True)
-        for target in group:
-            count, mean, variance = sums[id(target)].values()
-            if count == 0:
-                raise ValueError(
-                    f"`data` has no valid frame for layer {target.name!r}. "
-                    f"Received: {batches.count} batches, masked throughout"
-                )
-            target.norm.set_statistics(mean, variance)
-
+    one_pass = _reader(model, group, batches, verbose)
     if verbose:
         print(f"Recalibrating {label}: {names}")
     for _ in range(MAX_PASSES):
         before = group[0].statistics()
-        one_pass()
+        for target, moments in zip(group, one_pass(), strict=True):
+            target.norm.set_statistics(*moments)
         if not group[0].recursive:
             return
         moved = _moved(before, group[0].statistics(), group[0].norm.epsilon)
@@ -466,6 +458,52 @@ def _recalibrate_group(model, group, batches, label, verbose):
         f"{MAX_PASSES} passes over the data: the last one moved them by {moved}",
         stacklevel=3,
     )
+
+
+def _reader(model, targets, batches, verbose):
+    """Returns a function that reads the data once and returns moments.
+
+    The function returns a list of `(mean, variance)` of the pre-activations of each
+    target, float64 arrays of shape (F,). It sets the states of stateful layers to 0.
+    """
+    sums = {id(target): _RunningMoments(target.norm) for target in targets}
+
+    def heard(target, inputs, initial_state, mask):
+        sums[id(target)].add(*target.pre_activations(inputs, initial_state, mask))
+
+    def run(x):
+        # Returns nothing, so the layers above the targets are not computed.
+        model(x, training=False)
+
+    compiled = []
+
+    def one_pass():
+        for variable in _state_variables(model):
+            variable.assign(ops.zeros_like(variable))
+        for moments in sums.values():
+            moments.reset()
+        bar = keras.utils.Progbar(batches.count, verbose=verbose, unit_name="batch")
+        with _listening(targets, heard):
+            for number, x in enumerate(batches, start=1):
+                if not compiled:
+                    compiled.append(backend.compiled(run, x, _open_axes(model)))
+                compiled[0](x)
+                for target in targets:
+                    _require_finite(target, sums[id(target)], number)
+                bar.update(number, finalize=False)
+        bar.update(batches.count, finalize=True)
+        found = []
+        for target in targets:
+            count, mean, variance = sums[id(target)].values()
+            if count == 0:
+                raise ValueError(
+                    f"`data` has no valid frame for layer {target.name!r}. "
+                    f"Received: {batches.count} batches, masked throughout"
+                )
+            found.append((mean, variance))
+        return found
+
+    return one_pass
 
 
 def _require_finite(target, moments, number):

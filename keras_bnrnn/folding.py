@@ -1,26 +1,19 @@
 """Defines `fold`, which replaces normalised layers by stock Keras layers."""
 
-import contextlib
 import inspect
 import typing
-import warnings
 
 import keras
 from keras import ops
 
 from keras_bnrnn.layers.cell import BNCell, changed_methods
 from keras_bnrnn.layers.rnn import BNRNN
+from keras_bnrnn.replacement import Replacer, compile_like, warn_of_kept
 from keras_bnrnn.sequence_batch_norm import (
     SequenceBatchNorm,
     warn_of_nonfinite_batches,
 )
-from keras_bnrnn.traversal import (
-    clone_graph,
-    copy_of,
-    has_graph,
-    require_built_graph,
-    sublayers,
-)
+from keras_bnrnn.traversal import copy_of, require_built_graph, sublayers
 
 
 class FoldedLayer(typing.NamedTuple):
@@ -82,29 +75,18 @@ def fold(model, return_report=False):
     >>> [type(layer).__name__ for layer in fold(model).layers]
     ['LSTM']
     """
+    folding = _Folding("fold")
     require_built_graph(model, "`fold`")
     warn_of_nonfinite_batches(
         part for part in sublayers(model) if isinstance(part, SequenceBatchNorm)
     )
-    report = []
-    folded = _folded_graph(model, report)
-    if not folded.built:
-        folded.build([x.shape for x in model.inputs])
-    _copy_weights(model, folded)
-    if model.compiled and type(model).compile is keras.Model.compile:
-        # A loss or metric that is not registered with Keras cannot be deserialized.
-        with contextlib.suppress(TypeError, ValueError):
-            config = keras.saving.deserialize_keras_object(model.get_compile_config())
-            # Not `compile_from_config`, which creates the variables of the optimizer:
-            # inference does not need them, and training creates them when it starts.
-            folded.compile(**config)
-    kept = [entry for entry in report if entry.kept_because is not None]
-    if kept:
-        warnings.warn(
-            "Not folded, kept frozen: "
-            + "; ".join(f"{e.name} ({e.layer}): {e.kept_because}" for e in kept),
-            stacklevel=2,
-        )
+    folded = folding.copy(model)
+    compile_like(model, folded)
+    report = folding.report
+    warn_of_kept(
+        "Not folded, kept frozen: ",
+        [entry for entry in report if entry.kept_because is not None],
+    )
     return (folded, report) if return_report else folded
 
 
@@ -122,128 +104,42 @@ INFERENCE = {
 }
 
 
-def _folded_graph(model, report):
-    """Clones a model with folded layers in place of its layers."""
-    inputs = None
-    if not isinstance(model, keras.Sequential):
-        layers = {id(x.output): x for x in model.layers if _is_input(x)}
-        inputs = keras.tree.map_structure(
-            lambda x: _copy_of_input(layers[id(x)]), model.input
-        )
-    return clone_graph(
-        model,
-        input_tensors=inputs,
-        clone_function=lambda layer: _folded(layer, report),
-    )
+class _Folding(Replacer):
+    """Replaces normalised layers by stock layers.
 
+    Attributes:
+        report: List of `FoldedLayer`.
+    """
 
-def _copy_of_input(layer):
-    """Copies an input, with the name of the layer and the name of the tensor."""
-    x = layer.output
-    tensor = keras.KerasTensor(
-        x.shape, x.dtype, sparse=x.sparse, ragged=x.ragged, name=x.name
-    )
-    return keras.layers.InputLayer(
-        input_tensor=tensor, optional=layer.optional, name=layer.name
-    ).output
+    def __init__(self, name):
+        super().__init__(name)
+        self.report = []
 
+    def concerns(self, layer):
+        return isinstance(layer, (BNRNN, BNCell, SequenceBatchNorm))
 
-def _is_input(layer):
-    return isinstance(layer, keras.layers.InputLayer)
-
-
-def _folded(layer, report):
-    """Returns the layer that replaces `layer`, not built yet."""
-    if isinstance(layer, keras.Model) and has_graph(layer):
-        return _folded_graph(layer, report)
-    if not _holds_normalization(layer):
-        return copy_of(layer)
-    if isinstance(layer, (BNRNN, BNCell, SequenceBatchNorm)):
+    def replaced(self, layer):
         if reason := _why_not(layer):
-            return _kept(layer, report, reason)
-        stock = _stock_norm if isinstance(layer, SequenceBatchNorm) else _stock
-        return _noted(layer, report, stock(layer))
+            return self.kept(layer, reason)
+        is_norm = isinstance(layer, SequenceBatchNorm)
+        clone = _stock_norm(layer) if is_norm else _stock(layer)
+        into = type(clone).__name__
+        self.report.append(FoldedLayer(layer.name, type(layer).__name__, into, None))
+        return clone
 
-    config = layer.get_config()
-    if type(layer) is keras.layers.Bidirectional:
-        forward = _folded(layer.forward_layer, report)
-        backward = _folded(layer.backward_layer, report)
-        config["layer"] = keras.saving.serialize_keras_object(forward)
-        config["backward_layer"] = keras.saving.serialize_keras_object(backward)
-    elif type(layer) is keras.layers.TimeDistributed:
-        inner = _folded(layer.layer, report)
-        config["layer"] = keras.saving.serialize_keras_object(inner)
-    elif type(layer) is keras.layers.StackedRNNCells:
-        config["cells"] = [
-            keras.saving.serialize_keras_object(_folded(cell, report))
-            for cell in layer.cells
-        ]
-    elif type(layer) is keras.layers.RNN:
-        cell = _folded(layer.cell, report)
-        config["cell"] = keras.saving.serialize_keras_object(cell)
-    else:
-        reason = f"fold cannot see how {type(layer).__name__} calls what it holds"
-        return _kept(layer, report, reason)
-    return type(layer).from_config(config)
+    def kept(self, layer, reason):
+        self.report.append(FoldedLayer(layer.name, type(layer).__name__, None, reason))
+        clone = copy_of(layer)
+        clone.trainable = False
+        return clone
 
-
-def _holds_normalization(layer):
-    return isinstance(layer, keras.layers.Layer) and any(
-        isinstance(part, (BNCell, SequenceBatchNorm)) for part in sublayers(layer)
-    )
-
-
-def _copy_weights(layer, clone):
-    """Copies weights and states from `layer` to the built `clone`, folded if needed."""
-    if isinstance(layer, keras.Model) and has_graph(layer):
-        clones = {part.name: part for part in clone.layers}
-        for part in layer.layers:
-            if not _is_input(part):
-                _copy_weights(part, clones[part.name])
-    elif not _holds_normalization(layer) or _makes(layer) == _makes(clone):
-        clone.set_weights(layer.get_weights())
-        for part, copied in zip(sublayers(layer), sublayers(clone), strict=False):
-            _copy_states(part, copied)
-    elif isinstance(layer, SequenceBatchNorm):
-        affine = [w for w in (layer.gamma, layer.beta) if w is not None]
-        weights = [*affine, layer.moving_mean, layer.moving_variance]
+    def copy_replaced_weights(self, layer, clone):
+        if isinstance(layer, SequenceBatchNorm):
+            affine = [w for w in (layer.gamma, layer.beta) if w is not None]
+            weights = [*affine, layer.moving_mean, layer.moving_variance]
+        else:
+            weights = layer.stock_weights(layer.folded_weights())
         clone.set_weights([ops.convert_to_numpy(w) for w in weights])
-    elif isinstance(layer, BNCell):
-        _copy_folded_weights(layer, clone)
-    else:
-        _copy_parts(layer, clone)
-
-
-def _copy_parts(layer, clone):
-    """Copies the weights of a stock layer that contains other layers."""
-    if isinstance(layer, keras.layers.Bidirectional):
-        _copy_weights(layer.forward_layer, clone.forward_layer)
-        _copy_weights(layer.backward_layer, clone.backward_layer)
-    elif isinstance(layer, keras.layers.TimeDistributed):
-        _copy_weights(layer.layer, clone.layer)
-    elif isinstance(layer, keras.layers.StackedRNNCells):
-        for cell, stock_cell in zip(layer.cells, clone.cells, strict=True):
-            _copy_weights(cell, stock_cell)
-    else:
-        _copy_weights(layer.cell, clone.cell)
-        _copy_states(layer, clone)
-
-
-def _makes(layer):
-    return [type(part) for part in sublayers(layer)]
-
-
-def _copy_states(layer, clone):
-    """Copies the states of a stateful layer."""
-    if isinstance(layer, keras.layers.RNN) and layer.stateful:
-        states, copied = (keras.tree.flatten(x.states) for x in (layer, clone))
-        for state, copied_state in zip(states, copied, strict=True):
-            copied_state.assign(state)
-
-
-def _copy_folded_weights(cell, stock_cell):
-    weights = cell.stock_weights(cell.folded_weights())
-    stock_cell.set_weights([ops.convert_to_numpy(w) for w in weights])
 
 
 def _stock(layer):
@@ -290,16 +186,3 @@ def _why_not(layer):
         if isinstance(part, BNCell) and (reason := part.why_not_stock()):
             return reason
     return None
-
-
-def _kept(layer, report, reason):
-    report.append(FoldedLayer(layer.name, type(layer).__name__, None, reason))
-    clone = copy_of(layer)
-    clone.trainable = False
-    return clone
-
-
-def _noted(layer, report, clone):
-    into = type(clone).__name__
-    report.append(FoldedLayer(layer.name, type(layer).__name__, into, None))
-    return clone

@@ -4,6 +4,7 @@ import numbers
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_bnrnn import backend
@@ -313,6 +314,22 @@ class SequenceBatchNorm(keras.layers.Layer):
     def set_statistics(self, mean, variance):
         """Sets the population statistics (F,); later training moves on from them."""
         self._population.set(mean, variance)
+
+    def set_scale_and_shift(self, scale, shift):
+        """Sets gamma and beta so that inference computes `scale * x + shift`.
+
+        This undoes the current population statistics. The layer needs `scale=True` and
+        `center=True`.
+
+        Args:
+            scale, shift: Arrays of shape (F,), or floats.
+        """
+        variance = ops.convert_to_numpy(self.moving_variance).astype("float64")
+        self.gamma.assign(scale * np.sqrt(variance + self.epsilon))
+        # Takes the rounded scale of inference, so that a large mean cancels.
+        self.beta.assign(np.zeros(self.beta.shape))
+        offset = ops.convert_to_numpy(self.scale_and_shift()[1]).astype("float64")
+        self.beta.assign(shift - offset)
 
     def require_group_size(self, shape, axes, cause="`statistics='frame'`"):
         """Raises an error if training statistics would be those of a single value.

@@ -13,6 +13,7 @@ FLOORS = [
     "statistics",
     "backend",
     "traversal",
+    "replacement",
     "population",
     "frames",
     "sequence_batch_norm",
@@ -21,6 +22,8 @@ FLOORS = [
     "layers",
     "calibration",
     "folding",
+    "normalizing",
+    "torch_weights",
     "export",
     "local_server",
 ]

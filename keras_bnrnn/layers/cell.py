@@ -280,6 +280,19 @@ class BNCell(TriedCell):
             bias = ops.zeros_like(weights.kernel[0])
         return [weights.kernel, weights.recurrent_kernel, bias]
 
+    def set_stock_weights(self, kernel, recurrent_kernel, bias=None):
+        """Sets the weights so that inference equals a stock cell's.
+
+        gamma and beta undo the current population statistics. Needs `use_bias=True`.
+
+        Args:
+            kernel, recurrent_kernel, bias: Arrays, the weights of `stock_cell`. `bias`
+                is `None` for a stock cell without a bias.
+        """
+        self.kernel.assign(kernel)
+        self.recurrent_kernel.assign(recurrent_kernel)
+        self.input_norm.set_scale_and_shift(1.0, 0.0 if bias is None else bias)
+
     def get_config(self):
         config = {**super().get_config(), "normalize": self.normalize}
         config |= {name: getattr(self, name) for name in ARGUMENTS_OF_NORM}

@@ -3,6 +3,7 @@
 from typing import Unpack
 
 import keras
+import numpy as np
 from keras import ops
 from keras.activations import sigmoid, tanh
 
@@ -161,6 +162,14 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
                 recurrent_bias = ops.zeros_like(bias)
             bias = ops.stack([bias, recurrent_bias])  # (2, 3U)
         return [kernel, recurrent_kernel, bias]
+
+    def set_stock_weights(self, kernel, recurrent_kernel, bias=None):
+        if self.reset_after:
+            if bias is None:
+                bias = np.zeros((2, 3 * self.units))
+            bias, recurrent_bias = bias  # (2, 3U)
+            self.recurrent_bias.assign(recurrent_bias)
+        super().set_stock_weights(kernel, recurrent_kernel, bias)
 
 
 class GRUDerivative(StepDerivative):

@@ -1,0 +1,56 @@
+"""docs/migrate.md: its code runs as it is printed."""
+
+import pathlib
+import re
+import sys
+import types
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_bnrnn
+
+pytest.importorskip("sklearn")
+
+GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "migrate.md"
+
+
+def encoder(rng):
+    """The state dict that the guide loads, as arrays."""
+    return {
+        f"encoder.{name}_l{layer}{end}": rng.normal(size=shape)
+        for layer, features in ((0, 8), (1, 64))
+        for end in ("", "_reverse")
+        for name, shape in (
+            ("weight_ih", (128, features)),
+            ("weight_hh", (128, 32)),
+            ("bias_ih", 128),
+            ("bias_hh", 128),
+        )
+    }
+
+
+@pytest.mark.slow
+def test_the_code_runs(rng, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state_dict = encoder(rng)
+    torch = types.SimpleNamespace(load=lambda name, weights_only: state_dict)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), re.M | re.S)
+    for block in blocks:
+        exec(compile(block, GUIDE.name, "exec"), names)
+    assert "lstm LSTM BNLSTM None" in capsys.readouterr().out
+    assert type(names["model"].layers[0]) is keras_bnrnn.BNLSTM
+    # Folded and float32: 1e-5.
+    saved = keras.saving.load_model("digits.keras")
+    assert [type(layer) for layer in saved.layers[:2]] == [layers.LSTM] * 2
+    x = names["images"][:50]
+    np.testing.assert_allclose(names["folded"](x), saved(x), atol=1e-5)
+    expected, found = names["ported"](x), names["normalized"](x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    forward = names["ported"].layers[0].forward_layer.cell
+    weight = state_dict["encoder.weight_ih_l0"]
+    np.testing.assert_allclose(forward.kernel, weight.T, rtol=1e-6)
