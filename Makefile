@@ -21,6 +21,7 @@ test-all: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Speed and memory against Keras and torch, some 25 minutes; writes RESULTS.md and
 # charts in benchmarks/. torch.nn.LSTM is measured where torch is installed.
