@@ -209,7 +209,11 @@ def check_sdist(path):
     wanted |= {"tests/conftest.py", "keras_bnrnn/py.typed"}
     if missing := wanted - names:
         raise CheckError(f"{path.name} must have {sorted(missing)}")
-    strays = {n for n in names if re.search(r"\.py[cod]$|saved_model\.pb$|/\.", n)}
+    strays = {
+        n
+        for n in names
+        if re.search(r"\.py[cod]$|saved_model\.pb$|/\.(?!gitignore)", n)
+    }
     if strays:
         raise CheckError(f"{path.name} must not have {sorted(strays)}")
 
