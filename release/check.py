@@ -81,6 +81,8 @@ FAILS = {
     ),
 }
 LIGHT = ["client", "serving"]
+# As in pyproject.toml, for a program outside the checkout.
+MYPY = ["--strict", "--ignore-missing-imports", "--allow-subclassing-any"]
 
 
 def main(argv=None):
@@ -162,6 +164,10 @@ def check(folder, arguments, report):
         environment.install(f"{wheel}[{extra}]")
         environment.run(["python", "-c", RUNS[extra]])
         report(f"installed and imported [{extra}]")
+        if extra == "dev":
+            program = source / "tests/typing/typical_use.py"
+            environment.run(["mypy", *MYPY, str(program)])
+            report("the types of the installed package pass `mypy --strict`")
     if arguments.dist:
         arguments.dist.mkdir(parents=True, exist_ok=True)
         for path in (wheel, sdist):
