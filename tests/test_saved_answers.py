@@ -8,7 +8,7 @@ from helpers import KERAS
 
 pytestmark = pytest.mark.skipif(
     KERAS < (3, 15),
-    reason="the files are those of Keras 3.15: an older one does not know each argument",
+    reason="Keras 3.15 saved the files, and older versions do not read them",
 )
 
 
