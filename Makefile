@@ -48,7 +48,7 @@ links: $(READY)
 	$(BIN)/python release/address.py
 
 # Builds the wheel and the source distribution and installs them into empty
-# environments, one for each extra: some 15 minutes, with downloads.
+# environments, one for each extra: some 20 minutes, with downloads.
 release-check: $(READY)
 	$(BIN)/python release/check.py $(CHECK)
 

@@ -12,7 +12,14 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "docs", "examples", "keras_bnrnn", "keras_bnrnn_cli")
+FOLDERS = (
+    ".github",
+    "benchmarks",
+    "docs",
+    "examples",
+    "keras_bnrnn",
+    "keras_bnrnn_cli",
+)
 FOLDERS += ("release", "serving", "tests")
 FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
 FILES += ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
