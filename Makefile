@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench experiments figures notebooks links venv clean
+.PHONY: demo test test-all lint bench experiments figures notebooks links
+.PHONY: release-check matrix venv clean
 
 # Trains a language model on the Python language reference, recalibrates, folds,
 # exports and serves it, and sends it text. Output goes to runs/demo.
@@ -21,6 +22,7 @@ test-all: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Speed and memory against Keras and torch, some 25 minutes; writes RESULTS.md and
 # charts in benchmarks/. torch.nn.LSTM is measured where torch is installed.
@@ -40,9 +42,20 @@ figures: $(READY)
 notebooks: $(READY)
 	$(BIN)/python examples/notebooks.py
 
-# Writes the repository's address, which pyproject.toml has, into the notebooks.
+# Writes the repository's address, which pyproject.toml has, into the notebooks,
+# README.md and CITATION.cff.
 links: $(READY)
-	$(BIN)/python examples/notebooks.py --links
+	$(BIN)/python release/address.py
+
+# Builds the wheel and the source distribution and installs them into empty
+# environments, one for each extra: some 20 minutes, with downloads.
+release-check: $(READY)
+	$(BIN)/python release/check.py $(CHECK)
+
+# Fast tests on each supported Python that is installed, with the oldest and the newest
+# TensorFlow and Keras: some 5 minutes each, with downloads.
+matrix: $(READY)
+	$(BIN)/python release/matrix.py --skip-missing $(MATRIX)
 
 venv: $(READY)
 

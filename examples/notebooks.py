@@ -8,26 +8,17 @@ are not kept in the notebook.
 import argparse
 import ast
 import pathlib
-import re
 import sys
-import tomllib
 
 import nbclient
 import nbformat
 
 HERE = pathlib.Path(__file__).parent
-PROJECT = HERE.parent / "pyproject.toml"
 TIMEOUT_S = 1800  # of one cell
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    if arguments.links:
-        repository = repository_of(PROJECT)
-        for path in arguments.paths:
-            changed = write_links(path, repository)
-            print(f"{path.name}: {'links written' if changed else 'links unchanged'}")
-        return 0
     for path in arguments.paths:
         notebook = execute(path, arguments.set)
         if not arguments.check:
@@ -44,12 +35,6 @@ def parse_arguments(argv):
     add("names", nargs="*", help="of notebooks, without .ipynb (default: all)")
     add(
         "--check", action="store_true", help="run them, and leave the files as they are"
-    )
-    add(
-        "--links",
-        action="store_true",
-        help="run nothing: write the address of the repository, Repository in "
-        "pyproject.toml, into the Colab badges and the cells that clone it",
     )
     add(
         "--set",
@@ -77,48 +62,6 @@ def assignment(text):
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
-
-
-def repository_of(project):
-    """The repository's owner and name, such as `someone/keras_bnrnn`.
-
-    Args:
-        project: Path of pyproject.toml.
-
-    Raises:
-        SystemExit: If `Repository` is no address on GitHub, from which Colab and the
-            notebooks read.
-    """
-    urls = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["urls"]
-    address = urls["Repository"]
-    match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
-    if match is None:
-        raise SystemExit(
-            "error: `Repository` in pyproject.toml must be https://github.com/OWNER/"
-            f"NAME. Received: {address}"
-        )
-    return match[1]
-
-
-def write_links(path, repository):
-    """Writes the repository into a notebook's Colab badge and clone command.
-
-    Args:
-        path: Of the .ipynb file.
-        repository: str, owner and name.
-
-    Returns:
-        bool, whether the file changed.
-    """
-    text = path.read_text(encoding="utf-8")
-    changed = re.sub(
-        r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(/blob/)"
-        r"|(git clone --quiet --depth 1 https://github\.com/)[\w.-]+/[\w.-]+",
-        lambda m: f"{m[1] or m[3]}{repository}{m[2] or ''}",
-        text,
-    )
-    path.write_text(changed, encoding="utf-8")
-    return changed != text
 
 
 def execute(path, parameters=None):

@@ -1,6 +1,7 @@
 """Batch-normalised recurrent layers for Keras."""
 
 import importlib.metadata
+import typing
 
 from keras_bnrnn.calibration import recalibrate
 from keras_bnrnn.folding import fold
@@ -22,16 +23,20 @@ except importlib.metadata.PackageNotFoundError:  # the package is not installed
     __version__ = "unknown"
 
 
-def __getattr__(name):
-    # `keras_bnrnn.export` loads parts of TensorFlow that the layers do not need.
-    if name == "export_saved_model":
-        from keras_bnrnn.export import export_saved_model
+if typing.TYPE_CHECKING:
+    from keras_bnrnn.export import export_saved_model
+else:
 
-        return export_saved_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        # `keras_bnrnn.export` loads parts of TensorFlow that the layers do not need.
+        if name == "export_saved_model":
+            from keras_bnrnn.export import export_saved_model
+
+            return export_saved_model
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import itertools
 import numbers
+import typing
 import warnings
 
 import keras
@@ -28,7 +29,13 @@ SETTLED = 1e-6
 INFINITE_CARDINALITY = -1  # of a `tf.data.Dataset`
 
 
-def recalibrate(model, data, steps=None, batch_size=32, verbose=1):
+def recalibrate(
+    model: keras.Model,
+    data: typing.Any,
+    steps: int | None = None,
+    batch_size: int = 32,
+    verbose: int = 1,
+) -> dict[str, dict[str, float]]:
     """Sets every normalised layer to the exact population statistics of `data`.
 
     The moving averages of training lag behind the weights, and are averages over

@@ -32,7 +32,27 @@ class FoldedLayer(typing.NamedTuple):
     kept_because: str | None
 
 
-def fold(model, return_report=False):
+@typing.overload
+def fold(
+    model: keras.Model, return_report: typing.Literal[False] = False
+) -> keras.Model: ...
+
+
+@typing.overload
+def fold(
+    model: keras.Model, return_report: typing.Literal[True]
+) -> tuple[keras.Model, list[FoldedLayer]]: ...
+
+
+@typing.overload
+def fold(
+    model: keras.Model, return_report: bool
+) -> keras.Model | tuple[keras.Model, list[FoldedLayer]]: ...
+
+
+def fold(
+    model: keras.Model, return_report: bool = False
+) -> keras.Model | tuple[keras.Model, list[FoldedLayer]]:
     """Returns a model of stock Keras layers that equals `model(x, training=False)`.
 
     With its population statistics, batch normalisation is an affine map of the

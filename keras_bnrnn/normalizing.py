@@ -38,15 +38,53 @@ class NormalizedLayer(typing.NamedTuple):
     changed: dict
 
 
+@typing.overload
 def normalize_model(
-    model,
-    data,
-    steps=None,
-    batch_size=32,
-    verbose=1,
-    return_report=False,
+    model: keras.Model,
+    data: typing.Any,
+    steps: int | None = None,
+    batch_size: int = 32,
+    verbose: int = 1,
+    return_report: typing.Literal[False] = False,
     **normalization: Unpack[NormalizationArguments],
-):
+) -> keras.Model: ...
+
+
+@typing.overload
+def normalize_model(
+    model: keras.Model,
+    data: typing.Any,
+    steps: int | None = None,
+    batch_size: int = 32,
+    verbose: int = 1,
+    *,
+    return_report: typing.Literal[True],
+    **normalization: Unpack[NormalizationArguments],
+) -> tuple[keras.Model, list[NormalizedLayer]]: ...
+
+
+@typing.overload
+def normalize_model(
+    model: keras.Model,
+    data: typing.Any,
+    steps: int | None = None,
+    batch_size: int = 32,
+    verbose: int = 1,
+    *,
+    return_report: bool,
+    **normalization: Unpack[NormalizationArguments],
+) -> keras.Model | tuple[keras.Model, list[NormalizedLayer]]: ...
+
+
+def normalize_model(
+    model: keras.Model,
+    data: typing.Any,
+    steps: int | None = None,
+    batch_size: int = 32,
+    verbose: int = 1,
+    return_report: bool = False,
+    **normalization: Unpack[NormalizationArguments],
+) -> keras.Model | tuple[keras.Model, list[NormalizedLayer]]:
     """Returns a copy of a model with batch-normalised recurrent layers.
 
     This is the inverse of `fold`. `BNLSTM`, `BNGRU` and `BNSimpleRNN` replace `LSTM`,

@@ -2,12 +2,14 @@
 
 import numbers
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_bnrnn import backend
+from keras_bnrnn import backend, types
 from keras_bnrnn import statistics as stats
 from keras_bnrnn.frames import Frames
 from keras_bnrnn.population import Population
@@ -91,22 +93,22 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     def __init__(
         self,
-        statistics="sequence",
-        population="pooled",
-        max_timesteps=None,
-        momentum=0.99,
-        epsilon=1e-3,
-        center=True,
-        scale=True,
-        synchronized=False,
-        gamma_initializer="ones",
-        beta_initializer="zeros",
-        gamma_regularizer=None,
-        beta_regularizer=None,
-        gamma_constraint=None,
-        beta_constraint=None,
-        **kwargs,
-    ):
+        statistics: types.Statistics = "sequence",
+        population: types.Population = "pooled",
+        max_timesteps: int | None = None,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        synchronized: bool = False,
+        gamma_initializer: types.Initializer = "ones",
+        beta_initializer: types.Initializer = "zeros",
+        gamma_regularizer: types.Regularizer = None,
+        beta_regularizer: types.Regularizer = None,
+        gamma_constraint: types.Constraint = None,
+        beta_constraint: types.Constraint = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if statistics not in ("sequence", "frame"):
             raise ValueError(
@@ -158,7 +160,7 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.supports_masking = True
         self._population = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: types.Shape) -> None:
         if len(input_shape) < 3:
             raise ValueError(
                 "`inputs` must have a rank of at least 3: (batch, timesteps, ..., "
@@ -224,7 +226,7 @@ class SequenceBatchNorm(keras.layers.Layer):
         )
 
     @property
-    def nonfinite_batches(self):
+    def nonfinite_batches(self) -> int:
         """Number of training batches with a mean or variance that is not finite.
 
         These batches are left out of the population statistics. The count starts at 0
@@ -235,11 +237,16 @@ class SequenceBatchNorm(keras.layers.Layer):
         return int(ops.convert_to_numpy(self._population.nonfinite_batches))
 
     @property
-    def statistics_dtype(self):
+    def statistics_dtype(self) -> str:
         """The dtype of the statistics: float32, or float64 in a float64 layer."""
         return "float64" if self.variable_dtype == "float64" else "float32"
 
-    def call(self, inputs, mask=None, training=None):
+    def call(
+        self,
+        inputs: types.Tensor,
+        mask: types.Tensor | None = None,
+        training: bool | None = None,
+    ) -> types.Tensor:
         x = ops.cast(inputs, self.statistics_dtype)
         valid = None if mask is None else self._valid_frames(mask, inputs)
         if self.uses_batch_statistics(training):
@@ -279,43 +286,50 @@ class SequenceBatchNorm(keras.layers.Layer):
         mean, variance = map(ops.copy, self._population.row())
         return stats.normalize(x, mean, variance, *self.affine(), self.epsilon)
 
-    def uses_batch_statistics(self, training):
+    def uses_batch_statistics(self, training: bool | None) -> bool:
         """Returns whether a call normalises by the moments of the batch."""
         return bool(training) and self.trainable
 
-    def batch_moments(self, x, valid, axes):
+    def batch_moments(
+        self, x: types.Tensor, valid: types.Tensor | None, axes: tuple[int, ...]
+    ) -> tuple[types.Tensor, types.Tensor, types.Tensor]:
         """Computes `statistics.masked_moments`, over all replicas if synchronized."""
         return stats.masked_moments(x, valid, axes, self.reduce_sum)
 
     @property
-    def reduce_sum(self):
+    def reduce_sum(self) -> Callable[[types.Tensor], types.Tensor]:
         """The function that sums batch sums over replicas, if synchronized."""
         return backend.sum_over_replicas if self.synchronized else stats.identity
 
-    def scale_and_shift(self):
+    def scale_and_shift(self) -> tuple[types.Tensor, types.Tensor]:
         """Returns the scale and shift of inference: two tensors of shape (F,)."""
         return stats.scale_and_shift(
             *self._population.row(), *self.affine(), self.epsilon
         )
 
     def update_statistics(
-        self, means, variances, counts, frame_wise=False, across_steps=False
-    ):
+        self,
+        means: types.Tensor,
+        variances: types.Tensor,
+        counts: types.Tensor,
+        frame_wise: bool = False,
+        across_steps: bool = False,
+    ) -> None:
         """Updates the population statistics by batch moments: `Population.update`."""
         self._population.update(
             means, variances, counts, frame_wise, across_steps, self.path
         )
 
     @property
-    def statistics_variables(self):
+    def statistics_variables(self) -> tuple[keras.Variable, ...]:
         """The variables that `update_statistics` changes."""
         return self._population.variables
 
-    def set_statistics(self, mean, variance):
+    def set_statistics(self, mean: types.Tensor, variance: types.Tensor) -> None:
         """Sets the population statistics (F,); later training moves on from them."""
         self._population.set(mean, variance)
 
-    def set_scale_and_shift(self, scale, shift):
+    def set_scale_and_shift(self, scale: types.Tensor, shift: types.Tensor) -> None:
         """Sets gamma and beta so that inference computes `scale * x + shift`.
 
         This undoes the current population statistics. The layer needs `scale=True` and
@@ -331,7 +345,12 @@ class SequenceBatchNorm(keras.layers.Layer):
         offset = ops.convert_to_numpy(self.scale_and_shift()[1]).astype("float64")
         self.beta.assign(shift - offset)
 
-    def require_group_size(self, shape, axes, cause="`statistics='frame'`"):
+    def require_group_size(
+        self,
+        shape: types.Shape,
+        axes: Sequence[int],
+        cause: str = "`statistics='frame'`",
+    ) -> None:
         """Raises an error if training statistics would be those of a single value.
 
         Args:
@@ -350,7 +369,7 @@ class SequenceBatchNorm(keras.layers.Layer):
                 f"shape {tuple(shape)}"
             )
 
-    def affine(self):
+    def affine(self) -> tuple[types.Tensor | None, types.Tensor | None]:
         """Returns `gamma` and `beta` in the statistics' dtype, `None` if not used."""
         gamma, beta = self.gamma, self.beta
         if gamma is not None:
@@ -367,10 +386,10 @@ class SequenceBatchNorm(keras.layers.Layer):
             mask = ops.expand_dims(mask, -1)
         return mask  # (B, T, 1, ..., 1) or (B, T, ..., 1)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: types.Shape) -> types.Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> types.Config:
         return {
             **super().get_config(),
             "statistics": self.statistics,

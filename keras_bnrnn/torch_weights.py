@@ -2,6 +2,8 @@
 
 import re
 import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -9,8 +11,12 @@ from keras.activations import relu, sigmoid, tanh
 
 from keras_bnrnn.layers import BNCell
 
+Layers = TypeVar("Layers")  # a layer, a list of layers, or a model
 
-def from_torch(state_dict, layers, prefix=""):
+
+def from_torch(
+    state_dict: Mapping[str, Any], layers: Layers, prefix: str = ""
+) -> Layers:
     """Fills stock recurrent layers with the weights of a `torch.nn` recurrent module.
 
     The module is a `torch.nn.LSTM`, `GRU` or `RNN` with any `num_layers`,

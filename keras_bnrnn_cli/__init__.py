@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
 
 from keras_bnrnn_cli import arguments
 
@@ -30,7 +31,7 @@ _COMMANDS = {
 }
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Args:
@@ -53,7 +54,7 @@ def main(argv=None):
         return 1
 
 
-def _run(argv):
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="keras-bnrnn",
         description=(
@@ -77,10 +78,11 @@ def _run(argv):
         # The ImportError of `keras_bnrnn.local_server` names the extra to install.
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return command.run(parsed)
+    status: int = command.run(parsed)
+    return status
 
 
-def _version():
+def _version() -> str:
     try:
         return importlib.metadata.version("keras-bnrnn")
     except importlib.metadata.PackageNotFoundError:
@@ -88,7 +90,7 @@ def _version():
 
 
 @contextlib.contextmanager
-def _quiet_import():
+def _quiet_import() -> Iterator[None]:
     """Hides TensorFlow's log unless the user set `TF_CPP_MIN_LOG_LEVEL` to 0.
 
     TensorFlow 2.21 ignores the level while it is imported, so file descriptor 2 is

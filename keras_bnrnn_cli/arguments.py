@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 
-def serve(argv=None):
+def serve(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the arguments of `keras-bnrnn serve`.
 
     Args:
@@ -89,14 +89,14 @@ def serve(argv=None):
     return args
 
 
-def _model(text):
+def _model(text: str) -> tuple[str, str]:
     name, separator, directory = text.partition("=")
     if not (name and separator and directory):
         raise argparse.ArgumentTypeError(f"must be NAME=DIR. Received: {text}")
     return name, directory
 
 
-def _grpc_port(text):
+def _grpc_port(text: str) -> int | None:
     if text == "none":
         return None
     if not text.isdecimal():
@@ -104,7 +104,7 @@ def _grpc_port(text):
     return int(text)
 
 
-def _versions(text):
+def _versions(text: str) -> int | str:
     if text in ("latest", "all"):
         return text
     if not text.isdecimal():
@@ -114,7 +114,7 @@ def _versions(text):
     return int(text)
 
 
-def _label(text):
+def _label(text: str) -> tuple[str, str, int]:
     name, _, rest = text.partition("/")
     label, _, version = rest.partition("=")
     if not (name and label and version.isdecimal()):
@@ -122,7 +122,7 @@ def _label(text):
     return name, label, int(version)
 
 
-def inspect(argv=None):
+def inspect(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the arguments of `keras-bnrnn inspect`.
 
     Args:

@@ -10,6 +10,10 @@ from keras_bnrnn.traversal import sublayers
 KINDS = {kind: (layer, layer.stock_layer) for kind, layer in layers.KINDS.items()}
 
 
+# The installed version of Keras, such as (3, 15).
+KERAS = tuple(int(number) for number in keras.__version__.split(".")[:2])
+
+
 def randomize(layer, rng):
     """Gives every weight random, distinct values; variances positive ones."""
     for w in layer.weights:

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "keras_bnrnn"
 # From the bottom up. A module imports only what stands before it.
 FLOORS = [
+    "types",
     "statistics",
     "backend",
     "traversal",

@@ -12,9 +12,17 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "docs", "examples", "keras_bnrnn", "keras_bnrnn_cli")
-FOLDERS += ("serving", "tests")
+FOLDERS = (
+    ".github",
+    "benchmarks",
+    "docs",
+    "examples",
+    "keras_bnrnn",
+    "keras_bnrnn_cli",
+)
+FOLDERS += ("release", "serving", "tests")
 FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
+FILES += ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
 FILES += ("requirements.txt",)
 IGNORED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "runs")
 

@@ -6,6 +6,7 @@ import typing
 
 import keras
 
+from keras_bnrnn import types
 from keras_bnrnn.sequence_batch_norm import check_flag, is_number
 
 
@@ -15,18 +16,20 @@ class NormalizationArguments(typing.TypedDict, total=False):
     A public class takes them as `**normalization: Unpack[NormalizationArguments]`.
     """
 
-    normalize: str
-    statistics: str
-    population: str
+    normalize: types.Normalize
+    statistics: types.Statistics
+    population: types.Population
     max_timesteps: int | None
     momentum: float
     epsilon: float
-    gamma_initializer: typing.Any
+    gamma_initializer: types.Initializer
     synchronized: bool
     name: str | None
-    dtype: typing.Any
+    dtype: types.DType
     trainable: bool
 
+
+Class = typing.TypeVar("Class")
 
 DEFAULTS = {
     "normalize": "input",
@@ -58,7 +61,7 @@ DOCS = """normalize: Where to normalise. `"input"` (default):
             `normalize="input"`. Default: `False`."""
 
 
-def with_normalization_arguments(cls):
+def with_normalization_arguments(cls: type[Class]) -> type[Class]:
     """Adds the normalisation arguments to the docstring and signature of a class.
 
     `DOCS` replaces `{normalization}` in the docstring.

@@ -1,8 +1,12 @@
 """Defines `BNCell`, the base of all batch-normalised cells."""
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import keras
 from keras import ops
 
+from keras_bnrnn import types
 from keras_bnrnn.layers.arguments import (
     DEFAULTS,
     check_normalize,
@@ -12,8 +16,11 @@ from keras_bnrnn.layers.arguments import (
 )
 from keras_bnrnn.layers.keras_rnn import TrialStep, TriedCell, refuse_replicas
 from keras_bnrnn.layers.normalizers import BatchNormalizer, PopulationNormalizer
-from keras_bnrnn.recurrence import Weights
+from keras_bnrnn.recurrence import StepDerivative, Weights
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm, check_flag
+
+# The function that `step` normalises with: `norm(site, a, columns)`.
+Norm: TypeAlias = Callable[..., types.Tensor]
 
 
 @with_normalization_arguments
@@ -49,14 +56,14 @@ class BNCell(TriedCell):
         **arguments: The arguments of the stock cell.
     """
 
-    gates = None
-    stock_cell = None
-    fused = None
-    more_weights = ()
-    scaled_with_recurrent = ()
-    reads_ahead = False
+    gates: int | None = None
+    stock_cell: Any = None
+    fused: str | None = None
+    more_weights: tuple[str, ...] = ()
+    scaled_with_recurrent: tuple[str, ...] = ()
+    reads_ahead: bool = False
 
-    def __init__(self, units, **arguments):
+    def __init__(self, units: int, **arguments: Any) -> None:
         check_units(units)
         normalization = {
             name: arguments.pop(name, default) for name, default in DEFAULTS.items()
@@ -85,7 +92,7 @@ class BNCell(TriedCell):
             )
             setattr(self, NORM_OF_SITE[site], norm)
 
-    def sites(self, normalize):
+    def sites(self, normalize: types.Normalize) -> dict[str, int]:
         """Returns the places where the cell normalises.
 
         Args:
@@ -97,7 +104,7 @@ class BNCell(TriedCell):
         return {normalize: self.gates * self.units}
 
     @property
-    def norms(self):
+    def norms(self) -> dict[str, SequenceBatchNorm]:
         """Dict from the name of each site to its `SequenceBatchNorm`."""
         return {
             site: getattr(self, NORM_OF_SITE[site])
@@ -105,15 +112,15 @@ class BNCell(TriedCell):
         }
 
     @property
-    def norms_in_loop(self):
+    def norms_in_loop(self) -> dict[str, SequenceBatchNorm]:
         """The part of `norms` that normalises inside the time loop."""
         return {site: norm for site, norm in self.norms.items() if site != "input"}
 
-    def beta_initializer(self):
+    def beta_initializer(self) -> types.Initializer:
         """Returns the initializer of beta, which replaces the bias."""
         return self.bias_initializer
 
-    def build(self, input_shape):
+    def build(self, input_shape: types.Shape) -> None:
         width = self.gates * self.units
         self.kernel = self.add_weight(
             shape=(input_shape[-1], width),
@@ -135,7 +142,14 @@ class BNCell(TriedCell):
             self.norms[site].build((None, None, width))
         self.built = True
 
-    def step(self, projected, recurrent, states, weights, norm):
+    def step(
+        self,
+        projected: types.Tensor,
+        recurrent: types.Tensor,
+        states: list[types.Tensor],
+        weights: Weights,
+        norm: Norm,
+    ) -> list[types.Tensor]:
         """Computes the cell's equations in one timestep, elementwise.
 
         Args:
@@ -154,11 +168,11 @@ class BNCell(TriedCell):
         """
         raise NotImplementedError
 
-    def loop_kernel(self, weights):
+    def loop_kernel(self, weights: Weights) -> types.Tensor:
         """Returns the tensor (U, ...) by which the time loop multiplies the output."""
         return weights.recurrent_kernel
 
-    def derivative(self):
+    def derivative(self) -> StepDerivative | None:
         """Returns the `StepDerivative` of `step` without normalisation.
 
         `None` (default): the backend differentiates the time loop. The backend does so
@@ -166,22 +180,24 @@ class BNCell(TriedCell):
         """
         return None
 
-    def is_bounded(self):
+    def is_bounded(self) -> bool:
         """Returns whether the states stay finite for any number of timesteps.
 
         Default: `False`. The time loop then takes longer if there is a mask.
         """
         return False
 
-    def has_stock_equations(self):
+    def has_stock_equations(self) -> bool:
         """Returns whether the cell's arguments give the equations of `fused`."""
         return True
 
-    def why_not_stock(self):
+    def why_not_stock(self) -> str | None:
         """Returns why no stock cell has these arguments, or `None` if one has."""
         return None
 
-    def call(self, inputs, states, training=False):
+    def call(
+        self, inputs: types.Tensor, states: Any, training: bool | None = False
+    ) -> tuple[types.Tensor, Any]:
         """Runs one timestep, as in `keras.layers.RNN(cell)`.
 
         Training statistics are frame-wise. `keras.layers.RNN` does not pass the mask to
@@ -212,11 +228,16 @@ class BNCell(TriedCell):
             self.learn(normalizer.moments(), norms, across_steps=True)
         return states[0], states if nested else states[0]
 
-    def learns(self, training):
+    def learns(self, training: bool | None) -> bool:
         """Returns whether a call normalises by the moments of the batch."""
         return next(iter(self.norms.values())).uses_batch_statistics(training)
 
-    def learn(self, moments, norms, across_steps=False):
+    def learn(
+        self,
+        moments: list[types.Tensor],
+        norms: dict[str, SequenceBatchNorm],
+        across_steps: bool = False,
+    ) -> None:
         """Updates the population statistics by the moments of timesteps.
 
         Args:
@@ -229,7 +250,7 @@ class BNCell(TriedCell):
                 *moments[3 * i : 3 * i + 3], frame_wise=True, across_steps=across_steps
             )
 
-    def own_weights(self):
+    def own_weights(self) -> Weights:
         """Returns the trained weights, as `Weights` in the compute dtype."""
 
         def read(variable):
@@ -247,7 +268,7 @@ class BNCell(TriedCell):
             more={name: read(getattr(self, name)) for name in self.more_weights},
         )
 
-    def folded_weights(self):
+    def folded_weights(self) -> Weights:
         """Returns `Weights` that compute inference without normalisation.
 
         With the population statistics, batch normalisation is affine. Its scale
@@ -273,14 +294,19 @@ class BNCell(TriedCell):
             )
         return folded
 
-    def stock_weights(self, weights):
+    def stock_weights(self, weights: Weights) -> list[types.Tensor]:
         """Returns folded `Weights` as the list of the weights of `stock_cell`."""
         bias = weights.bias
         if bias is None:
             bias = ops.zeros_like(weights.kernel[0])
         return [weights.kernel, weights.recurrent_kernel, bias]
 
-    def set_stock_weights(self, kernel, recurrent_kernel, bias=None):
+    def set_stock_weights(
+        self,
+        kernel: types.Tensor,
+        recurrent_kernel: types.Tensor,
+        bias: types.Tensor = None,
+    ) -> None:
         """Sets the weights so that inference equals a stock cell's.
 
         gamma and beta undo the current population statistics. Needs `use_bias=True`.
@@ -293,7 +319,7 @@ class BNCell(TriedCell):
         self.recurrent_kernel.assign(recurrent_kernel)
         self.input_norm.set_scale_and_shift(1.0, 0.0 if bias is None else bias)
 
-    def get_config(self):
+    def get_config(self) -> types.Config:
         config = {**super().get_config(), "normalize": self.normalize}
         config |= {name: getattr(self, name) for name in ARGUMENTS_OF_NORM}
         initializer = keras.initializers.serialize(self.gamma_initializer)

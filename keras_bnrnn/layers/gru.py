@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 from keras.activations import sigmoid, tanh
 
-from keras_bnrnn import backend
+from keras_bnrnn import backend, types
 from keras_bnrnn.backend import value_and_slope
 from keras_bnrnn.layers.activations import bounded, elementwise
 from keras_bnrnn.layers.arguments import (
@@ -15,9 +15,9 @@ from keras_bnrnn.layers.arguments import (
     given,
     with_normalization_arguments,
 )
-from keras_bnrnn.layers.cell import BNCell
+from keras_bnrnn.layers.cell import BNCell, Norm
 from keras_bnrnn.layers.rnn import BNRNN
-from keras_bnrnn.recurrence import StepDerivative
+from keras_bnrnn.recurrence import StepDerivative, Weights
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -81,28 +81,28 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        reset_after=True,
-        seed=None,
+        units: int,
+        activation: types.Activation = "tanh",
+        recurrent_activation: types.Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: types.Initializer = "glorot_uniform",
+        recurrent_initializer: types.Initializer = "orthogonal",
+        bias_initializer: types.Initializer = "zeros",
+        kernel_regularizer: types.Regularizer = None,
+        recurrent_regularizer: types.Regularizer = None,
+        bias_regularizer: types.Regularizer = None,
+        kernel_constraint: types.Constraint = None,
+        recurrent_constraint: types.Constraint = None,
+        bias_constraint: types.Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        reset_after: bool = True,
+        seed: types.Seed = None,
         **normalization: Unpack[NormalizationArguments],
-    ):
+    ) -> None:
         super().__init__(**given(locals()))
 
-    def build(self, input_shape):
+    def build(self, input_shape: types.Shape) -> None:
         super().build(input_shape)
         if self.reset_after and self.use_bias:
             self.recurrent_bias = self.add_weight(
@@ -113,12 +113,19 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
                 constraint=self.bias_constraint,
             )
 
-    def loop_kernel(self, weights):
+    def loop_kernel(self, weights: Weights) -> types.Tensor:
         if self.reset_after:
             return weights.recurrent_kernel
         return weights.recurrent_kernel[:, : 2 * self.units]
 
-    def step(self, projected, recurrent, states, weights, norm):
+    def step(
+        self,
+        projected: types.Tensor,
+        recurrent: types.Tensor,
+        states: list[types.Tensor],
+        weights: Weights,
+        norm: Norm,
+    ) -> list[types.Tensor]:
         (h_before,) = states
         units = self.units
         gates, candidate = slice(0, 2 * units), slice(2 * units, 3 * units)
@@ -141,20 +148,20 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         candidate = self.activation(a)
         return [candidate + z * (h_before - candidate)]
 
-    def derivative(self):
+    def derivative(self) -> StepDerivative | None:
         closed = self.reset_after and elementwise(
             self.activation, self.recurrent_activation
         )
         return GRUDerivative(self) if closed else None
 
-    def is_bounded(self):
+    def is_bounded(self) -> bool:
         return bounded(self.activation, self.recurrent_activation)
 
-    def has_stock_equations(self):
+    def has_stock_equations(self) -> bool:
         usual = self.activation is tanh and self.recurrent_activation is sigmoid
         return usual and self.reset_after
 
-    def stock_weights(self, weights):
+    def stock_weights(self, weights: Weights) -> list[types.Tensor]:
         kernel, recurrent_kernel, bias = super().stock_weights(weights)
         if self.reset_after:
             recurrent_bias = weights.more["recurrent_bias"]
@@ -163,7 +170,12 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
             bias = ops.stack([bias, recurrent_bias])  # (2, 3U)
         return [kernel, recurrent_kernel, bias]
 
-    def set_stock_weights(self, kernel, recurrent_kernel, bias=None):
+    def set_stock_weights(
+        self,
+        kernel: types.Tensor,
+        recurrent_kernel: types.Tensor,
+        bias: types.Tensor = None,
+    ) -> None:
         if self.reset_after:
             if bias is None:
                 bias = np.zeros((2, 3 * self.units))
@@ -328,30 +340,30 @@ class BNGRU(BNRNN):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        unroll=False,
-        reset_after=True,
-        use_cudnn="auto",
+        units: int,
+        activation: types.Activation = "tanh",
+        recurrent_activation: types.Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: types.Initializer = "glorot_uniform",
+        recurrent_initializer: types.Initializer = "orthogonal",
+        bias_initializer: types.Initializer = "zeros",
+        kernel_regularizer: types.Regularizer = None,
+        recurrent_regularizer: types.Regularizer = None,
+        bias_regularizer: types.Regularizer = None,
+        activity_regularizer: types.Regularizer = None,
+        kernel_constraint: types.Constraint = None,
+        recurrent_constraint: types.Constraint = None,
+        bias_constraint: types.Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: types.Seed = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        reset_after: bool = True,
+        use_cudnn: types.UseCudnn = "auto",
         **normalization: Unpack[NormalizationArguments],
-    ):
+    ) -> None:
         super().__init__(**given(locals()))

@@ -9,11 +9,12 @@ none of this: `tests/layers/test_keras_rnn.py` fails if Keras changes it.
 
 import contextlib
 import inspect
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_bnrnn import backend
+from keras_bnrnn import backend, types
 
 
 class TrialStep:
@@ -78,23 +79,25 @@ class TriedCell:
             too, and thereby changes the state of the seed generator. Default: `False`.
     """
 
-    trial = None
-    drops_nothing = False
+    trial: Any = None
+    drops_nothing: bool = False
 
-    def get_dropout_mask(self, step_input):
+    def get_dropout_mask(self, step_input: types.Tensor) -> types.Tensor | None:
         self.trial.begin()
         return None if self.drops_nothing else super().get_dropout_mask(step_input)
 
-    def get_recurrent_dropout_mask(self, step_input):
+    def get_recurrent_dropout_mask(
+        self, step_input: types.Tensor
+    ) -> types.Tensor | None:
         if self.drops_nothing:
             return None
         return super().get_recurrent_dropout_mask(step_input)
 
-    def dropout_mask_of_step(self, step_input):
+    def dropout_mask_of_step(self, step_input: types.Tensor) -> types.Tensor:
         """Returns the dropout mask in a timestep, without starting a sequence."""
         return super().get_dropout_mask(step_input)
 
-    def reset_dropout_mask(self):
+    def reset_dropout_mask(self) -> None:
         self.trial.end()
         super().reset_dropout_mask()
 
@@ -110,15 +113,21 @@ class LoopLayer(keras.layers.RNN):
             first one.
     """
 
-    drops_states = False
+    drops_states: bool = False
 
-    def __init__(self, cell, **arguments):
+    def __init__(self, cell: Any, **arguments: Any) -> None:
         super().__init__(cell, **arguments)
         self.input_spec = keras.layers.InputSpec(ndim=3)
         # Keras 3.16 sets it to False in `RNN`. The next layer would then count padding.
         self.supports_masking = True
 
-    def call(self, sequences, initial_state=None, mask=None, training=False):
+    def call(
+        self,
+        sequences: types.Tensor,
+        initial_state: Any = None,
+        mask: types.Tensor | None = None,
+        training: bool | None = False,
+    ) -> Any:
         require_timesteps(sequences, self.name)
         # `TimeDistributed` calls `call` itself, without the cast of `__call__`.
         sequences = ops.cast(sequences, self.compute_dtype)
@@ -131,7 +140,13 @@ class LoopLayer(keras.layers.RNN):
         finally:
             self.cell.drops_nothing = self.drops_states = False
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
+    def inner_loop(
+        self,
+        sequences: types.Tensor,
+        initial_state: list[types.Tensor],
+        mask: types.Tensor | None,
+        training: bool | None = False,
+    ) -> tuple[types.Tensor, types.Tensor, list[types.Tensor]]:
         """Runs the time loop.
 
         Args:

@@ -8,7 +8,7 @@ from keras import ops
 from keras.activations import sigmoid, tanh
 from keras.backend import standardize_dtype
 
-from keras_bnrnn import backend
+from keras_bnrnn import backend, types
 from keras_bnrnn.backend import value_and_slope
 from keras_bnrnn.layers.activations import bounded, elementwise
 from keras_bnrnn.layers.arguments import (
@@ -16,9 +16,9 @@ from keras_bnrnn.layers.arguments import (
     given,
     with_normalization_arguments,
 )
-from keras_bnrnn.layers.cell import BNCell
+from keras_bnrnn.layers.cell import BNCell, Norm
 from keras_bnrnn.layers.rnn import BNRNN
-from keras_bnrnn.recurrence import StepDerivative
+from keras_bnrnn.recurrence import StepDerivative, Weights
 from keras_bnrnn.sequence_batch_norm import check_flag
 
 
@@ -80,63 +80,70 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
+        units: int,
+        activation: types.Activation = "tanh",
+        recurrent_activation: types.Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: types.Initializer = "glorot_uniform",
+        recurrent_initializer: types.Initializer = "orthogonal",
+        bias_initializer: types.Initializer = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: types.Regularizer = None,
+        recurrent_regularizer: types.Regularizer = None,
+        bias_regularizer: types.Regularizer = None,
+        kernel_constraint: types.Constraint = None,
+        recurrent_constraint: types.Constraint = None,
+        bias_constraint: types.Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: types.Seed = None,
         *,
-        peephole=False,
+        peephole: bool = False,
         **normalization: Unpack[NormalizationArguments],
-    ):
+    ) -> None:
         arguments = given(locals())
         check_flag("peephole", arguments.pop("peephole"))
         super().__init__(**arguments)
         self.peephole = peephole
 
-    def beta_initializer(self):
+    def beta_initializer(self) -> types.Initializer:
         if self.unit_forget_bias:
             return UnitForgetBias(self.bias_initializer)
         return self.bias_initializer
 
-    def build(self, input_shape):
+    def build(self, input_shape: types.Shape) -> None:
         super().build(input_shape)
         if self.peephole:
             self.peephole_kernel = self.add_weight(
                 shape=(3, self.units), name="peephole_kernel", initializer="zeros"
             )
 
-    def step(self, projected, recurrent, states, weights, norm):
+    def step(
+        self,
+        projected: types.Tensor,
+        recurrent: types.Tensor,
+        states: list[types.Tensor],
+        weights: Weights,
+        norm: Norm,
+    ) -> list[types.Tensor]:
         a = norm("joint", projected + recurrent)  # (B, 4U): i, f, c, o
         return advance(self, a, states, weights.more["peephole_kernel"])
 
-    def derivative(self):
+    def derivative(self) -> StepDerivative | None:
         closed = elementwise(self.activation, self.recurrent_activation)
         return LSTMDerivative(self) if closed else None
 
-    def is_bounded(self):
+    def is_bounded(self) -> bool:
         return bounded(self.activation, self.recurrent_activation)
 
-    def has_stock_equations(self):
+    def has_stock_equations(self) -> bool:
         usual = self.activation is tanh and self.recurrent_activation is sigmoid
         return usual and not self.peephole
 
-    def why_not_stock(self):
+    def why_not_stock(self) -> str | None:
         return "a stock LSTM has no peepholes" if self.peephole else None
 
-    def get_config(self):
+    def get_config(self) -> types.Config:
         return {**super().get_config(), "peephole": self.peephole}
 
 
@@ -362,34 +369,34 @@ class BNLSTM(BNRNN):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        unroll=False,
-        use_cudnn="auto",
+        units: int,
+        activation: types.Activation = "tanh",
+        recurrent_activation: types.Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: types.Initializer = "glorot_uniform",
+        recurrent_initializer: types.Initializer = "orthogonal",
+        bias_initializer: types.Initializer = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: types.Regularizer = None,
+        recurrent_regularizer: types.Regularizer = None,
+        bias_regularizer: types.Regularizer = None,
+        activity_regularizer: types.Regularizer = None,
+        kernel_constraint: types.Constraint = None,
+        recurrent_constraint: types.Constraint = None,
+        bias_constraint: types.Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: types.Seed = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        use_cudnn: types.UseCudnn = "auto",
         *,
-        peephole=False,
+        peephole: bool = False,
         **normalization: Unpack[NormalizationArguments],
-    ):
+    ) -> None:
         super().__init__(**given(locals()))
 
 
@@ -401,10 +408,10 @@ class UnitForgetBias(keras.initializers.Initializer):
         initializer: Initializer of the other quarters. Default: `"zeros"`.
     """
 
-    def __init__(self, initializer="zeros"):
+    def __init__(self, initializer: types.Initializer = "zeros") -> None:
         self.initializer = keras.initializers.get(initializer)
 
-    def __call__(self, shape, dtype=None):
+    def __call__(self, shape: types.Shape, dtype: str | None = None) -> types.Tensor:
         (width,) = shape
         units = width // 4
         return ops.concatenate(  # (4U,): i, f, c, o
@@ -415,5 +422,5 @@ class UnitForgetBias(keras.initializers.Initializer):
             ]
         )
 
-    def get_config(self):
+    def get_config(self) -> types.Config:
         return {"initializer": keras.initializers.serialize(self.initializer)}

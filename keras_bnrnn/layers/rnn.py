@@ -1,11 +1,12 @@
 """Defines `BNRNN`, the base of all batch-normalised layers."""
 
 import re
+from typing import Any, Self
 
 import keras
 from keras import ops
 
-from keras_bnrnn import backend
+from keras_bnrnn import backend, types
 from keras_bnrnn.frames import Frames, at_end
 from keras_bnrnn.layers.arguments import check_use_cudnn, names_of
 from keras_bnrnn.layers.cell import BNCell, changed_methods, derivative_of, is_bounded
@@ -17,7 +18,7 @@ from keras_bnrnn.layers.normalizers import (
 )
 from keras_bnrnn.projection import folded_projection, normalized_projection
 from keras_bnrnn.recurrence import Loop, Schedule, time_loop
-from keras_bnrnn.sequence_batch_norm import check_mask
+from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm, check_mask
 
 
 class BNRNN(LoopLayer):
@@ -43,18 +44,23 @@ class BNRNN(LoopLayer):
         **arguments: The arguments of `cell_class` and of `keras.layers.RNN`.
     """
 
-    cell_class = None
-    stock_layer = None
+    cell_class: type[BNCell] | None = None
+    stock_layer: Any = None
     _fused = None
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.cell_class is not None:
             for name in names_of(cls.cell_class):
                 if not hasattr(cls, name):
                     setattr(cls, name, _of_cell(name))
 
-    def __init__(self, cell=None, use_cudnn=False, **arguments):
+    def __init__(
+        self,
+        cell: BNCell | None = None,
+        use_cudnn: types.UseCudnn = False,
+        **arguments: Any,
+    ) -> None:
         check_use_cudnn(use_cudnn)
         if cell is None and self.cell_class is not None:
             cell, arguments = self._make_cell(arguments)
@@ -88,16 +94,18 @@ class BNRNN(LoopLayer):
         return cls(**of_cell, name=name), rest
 
     @property
-    def input_norm(self):
+    def input_norm(self) -> SequenceBatchNorm:
         """The `SequenceBatchNorm` of the input projection, or of the sum if joint."""
         return self.cell.input_norm
 
     @property
-    def nonfinite_batches(self):
+    def nonfinite_batches(self) -> int:
         """See `SequenceBatchNorm`."""
         return self.cell.input_norm.nonfinite_batches
 
-    def build(self, sequences_shape, initial_state_shape=None):
+    def build(
+        self, sequences_shape: types.Shape, initial_state_shape: Any = None
+    ) -> None:
         super().build(sequences_shape, initial_state_shape)
         if self._why_not_fused() is None:
             self._fused = backend.FusedKernel(
@@ -105,7 +113,13 @@ class BNRNN(LoopLayer):
             )
             self._fused.build(sequences_shape)
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
+    def inner_loop(
+        self,
+        sequences: types.Tensor,
+        initial_state: list[types.Tensor],
+        mask: types.Tensor | None,
+        training: bool | None = False,
+    ) -> tuple[types.Tensor, types.Tensor, list[types.Tensor]]:
         backend.require_time_loop()
         cell = self.cell
         fused = self._fused_kernel(training)
@@ -291,7 +305,13 @@ class BNRNN(LoopLayer):
             mask = ops.cast(mask, "bool")
         return Frames(mask, self.go_backwards, time_major)
 
-    def pre_activations(self, site, sequences, initial_state=None, mask=None):
+    def pre_activations(
+        self,
+        site: str,
+        sequences: types.Tensor,
+        initial_state: list[types.Tensor] | None = None,
+        mask: types.Tensor | None = None,
+    ) -> tuple[types.Tensor, types.Tensor | None]:
         """Computes the pre-activations at a site at inference, in float64.
 
         Args:
@@ -338,7 +358,7 @@ class BNRNN(LoopLayer):
         )
         return ops.cast(seen, "float64"), valid
 
-    def get_config(self):
+    def get_config(self) -> types.Config:
         config = super().get_config()
         if self.cell_class is None:
             return {**config, "use_cudnn": self.use_cudnn}
@@ -353,7 +373,7 @@ class BNRNN(LoopLayer):
         return config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: types.Config) -> Self:
         return super().from_config(config) if cls.cell_class is None else cls(**config)
 
 

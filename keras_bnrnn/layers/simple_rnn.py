@@ -5,6 +5,7 @@ from typing import Unpack
 import keras
 from keras.activations import tanh
 
+from keras_bnrnn import types
 from keras_bnrnn.backend import value_and_slope
 from keras_bnrnn.layers.activations import bounded, elementwise
 from keras_bnrnn.layers.arguments import (
@@ -12,9 +13,9 @@ from keras_bnrnn.layers.arguments import (
     given,
     with_normalization_arguments,
 )
-from keras_bnrnn.layers.cell import BNCell
+from keras_bnrnn.layers.cell import BNCell, Norm
 from keras_bnrnn.layers.rnn import BNRNN
-from keras_bnrnn.recurrence import StepDerivative
+from keras_bnrnn.recurrence import StepDerivative, Weights
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -66,32 +67,39 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
+        units: int,
+        activation: types.Activation = "tanh",
+        use_bias: bool = True,
+        kernel_initializer: types.Initializer = "glorot_uniform",
+        recurrent_initializer: types.Initializer = "orthogonal",
+        bias_initializer: types.Initializer = "zeros",
+        kernel_regularizer: types.Regularizer = None,
+        recurrent_regularizer: types.Regularizer = None,
+        bias_regularizer: types.Regularizer = None,
+        kernel_constraint: types.Constraint = None,
+        recurrent_constraint: types.Constraint = None,
+        bias_constraint: types.Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: types.Seed = None,
         **normalization: Unpack[NormalizationArguments],
-    ):
+    ) -> None:
         super().__init__(**given(locals()))
 
-    def step(self, projected, recurrent, states, weights, norm):
+    def step(
+        self,
+        projected: types.Tensor,
+        recurrent: types.Tensor,
+        states: list[types.Tensor],
+        weights: Weights,
+        norm: Norm,
+    ) -> list[types.Tensor]:
         return [self.activation(norm("joint", projected + recurrent))]
 
-    def derivative(self):
+    def derivative(self) -> StepDerivative | None:
         return SimpleRNNDerivative(self) if elementwise(self.activation) else None
 
-    def is_bounded(self):
+    def is_bounded(self) -> bool:
         return bounded(self.activation)
 
 
@@ -171,27 +179,27 @@ class BNSimpleRNN(BNRNN):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        unroll=False,
-        seed=None,
+        units: int,
+        activation: types.Activation = "tanh",
+        use_bias: bool = True,
+        kernel_initializer: types.Initializer = "glorot_uniform",
+        recurrent_initializer: types.Initializer = "orthogonal",
+        bias_initializer: types.Initializer = "zeros",
+        kernel_regularizer: types.Regularizer = None,
+        recurrent_regularizer: types.Regularizer = None,
+        bias_regularizer: types.Regularizer = None,
+        activity_regularizer: types.Regularizer = None,
+        kernel_constraint: types.Constraint = None,
+        recurrent_constraint: types.Constraint = None,
+        bias_constraint: types.Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        seed: types.Seed = None,
         **normalization: Unpack[NormalizationArguments],
-    ):
+    ) -> None:
         super().__init__(**given(locals()))

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 import zlib
+from typing import Any, Literal, Self
 
 try:
     import tensorflow as tf
@@ -19,6 +20,7 @@ try:
 
     from keras_bnrnn.local_server import grpc_service, rest
     from keras_bnrnn.local_server.metrics import Metrics
+    from keras_bnrnn.local_server.servable import Servable
     from keras_bnrnn.local_server.versions import Models
 except ImportError as error:
     raise ImportError(
@@ -140,15 +142,15 @@ class ModelServer:
 
     def __init__(
         self,
-        models,
-        host="127.0.0.1",
-        port=8501,
-        grpc_port=8500,
-        max_request_bytes=64 * 1024**2,
-        poll_seconds=1.0,
-        versions="latest",
-        version_labels=None,
-    ):
+        models: dict[str, Any],
+        host: str = "127.0.0.1",
+        port: int = 8501,
+        grpc_port: int | None = 8500,
+        max_request_bytes: int = 64 * 1024**2,
+        poll_seconds: float = 1.0,
+        versions: int | Literal["latest", "all"] = "latest",
+        version_labels: dict[str, dict[str, int]] | None = None,
+    ) -> None:
         _check_models(models)
         for name, value in [("port", port), ("grpc_port", grpc_port)]:
             if name == "grpc_port" and value is None:
@@ -195,25 +197,25 @@ class ModelServer:
         self._stopping = threading.Event()
 
     @property
-    def url(self):
+    def url(self) -> str:
         return f"http://{self._host_in_url}:{self.port}"
 
     @property
-    def grpc_target(self):
+    def grpc_target(self) -> str:
         return f"{self._host_in_url}:{self.grpc_port}"
 
     @property
-    def servables(self):
+    def servables(self) -> dict[str, Servable]:
         return self._models.latest()
 
-    def poll(self):
+    def poll(self) -> None:
         """Looks for new and removed versions, and returns when new ones are loaded.
 
         Does not raise if a version fails to load; the status of the model reports it.
         """
         self._models.poll()
 
-    def start(self):
+    def start(self) -> Self:
         """Starts the server in daemon threads; returns when it accepts requests.
 
         Returns:
@@ -255,7 +257,7 @@ class ModelServer:
             self._poller.start()
         return self
 
-    def stop(self):
+    def stop(self) -> None:
         """Stops accepting requests, waits for those in progress, and returns.
 
         Does nothing if the server is not started. A stopped server can be started
@@ -277,10 +279,10 @@ class ModelServer:
             self._poller.join(_GRACE_SECONDS)
             self._poller = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
     @property

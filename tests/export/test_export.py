@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import gap, randomize_model
+from helpers import KERAS, gap, randomize_model
 
 import keras_bnrnn
 import keras_bnrnn.local_server.server
@@ -373,6 +373,7 @@ def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
     assert gap(y, fold(fixed)(x, mask=mask)) <= TOLERANCE
 
 
+@pytest.mark.skipif(KERAS < (3, 14), reason="Keras loses the mask where it casts")
 @pytest.mark.slow(but=["mixed_float16"])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_floats_leave_as_float32(policy, rng, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import warnings
+from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
@@ -13,7 +14,7 @@ from keras_bnrnn.traversal import clone_graph, copy_of, sublayers
 
 
 @contextlib.contextmanager
-def without_warnings_of_libraries():
+def without_warnings_of_libraries() -> Iterator[None]:
     """Silences the NumPy 2 warnings that Keras causes and a user cannot avoid.
 
     Does not silence other warnings, which may concern the model.

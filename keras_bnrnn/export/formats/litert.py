@@ -1,6 +1,8 @@
 """Exports a folded model as a LiteRT file."""
 
 import os
+import pathlib
+from typing import Literal
 
 import keras
 import tensorflow as tf
@@ -28,15 +30,15 @@ from keras_bnrnn.traversal import sublayers
 
 @without_warnings_of_libraries()
 def export_litert(
-    model,
-    path,
+    model: keras.Model,
+    path: str | os.PathLike[str],
     *,
-    batch_size=None,
-    fused_lstm=True,
-    quantize=None,
-    tolerance=None,
-    overwrite=False,
-):
+    batch_size: int | None = None,
+    fused_lstm: bool = True,
+    quantize: Literal["float16"] | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> pathlib.Path:
     """Folds a model and writes it as a `.tflite` file, for LiteRT (TensorFlow Lite).
 
     The file has one signature. The names of its inputs and outputs are those of

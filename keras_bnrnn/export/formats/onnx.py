@@ -1,5 +1,10 @@
 """Exports a folded model as an ONNX file."""
 
+import os
+import pathlib
+
+import keras
+
 from keras_bnrnn.export.directory import publish_file
 from keras_bnrnn.export.formats.arguments import (
     checked_path,
@@ -19,7 +24,14 @@ from keras_bnrnn.folding import fold
 
 
 @without_warnings_of_libraries()
-def export_onnx(model, path, *, opset_version=None, tolerance=1e-4, overwrite=False):
+def export_onnx(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    opset_version: int | None = None,
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+) -> pathlib.Path:
     """Folds a model and writes it as an `.onnx` file, for ONNX Runtime and others.
 
     The names of inputs and outputs are those of `export_saved_model`. The batch size

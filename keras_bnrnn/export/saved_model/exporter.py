@@ -2,7 +2,10 @@
 
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
+import keras
 import tensorflow as tf
 
 from keras_bnrnn.export.arguments import check_quantize, refuse_stateful
@@ -28,26 +31,30 @@ from keras_bnrnn.export.saved_model.served_model import ServedModel
 from keras_bnrnn.export.saved_model.verification import compare
 from keras_bnrnn.export.saved_model.weights import halve_weights
 from keras_bnrnn.export.saved_model.xla import check_buckets
+from keras_bnrnn.export.text import TextFrontEnd
 from keras_bnrnn.export.warmup import checked_requests, replay_warmup, write_warmup
 from keras_bnrnn.folding import fold
 from keras_bnrnn.traversal import require_built_graph
 
+# Requests for one signature.
+Requests: TypeAlias = list[dict[str, Any]]
+
 
 def export_saved_model(
-    model,
-    directory,
-    version=None,
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    version: int | None = None,
     *,
-    lengths=None,
-    streaming="auto",
-    text_front_end=None,
-    signatures=None,
-    warmup="auto",
-    quantize=None,
-    xla_buckets=None,
-    xla_warmup=False,
-    provenance=None,
-):
+    lengths: bool | None = None,
+    streaming: bool | Literal["auto"] = "auto",
+    text_front_end: TextFrontEnd | Callable[..., Any] | None = None,
+    signatures: dict[str, Callable[..., tf.Module]] | None = None,
+    warmup: Requests | dict[str, Requests] | Literal["auto"] | None = "auto",
+    quantize: Literal["float16"] | None = None,
+    xla_buckets: list[tuple[int, int]] | None = None,
+    xla_warmup: bool = False,
+    provenance: dict[str, Any] | None = None,
+) -> pathlib.Path:
     """Folds a model and writes it as `directory/<version>/`, a SavedModel.
 
     | signature | inputs | outputs |

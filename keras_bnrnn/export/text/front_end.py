@@ -96,7 +96,7 @@ class TextFrontEnd:
     max_tokens: int = 200
     logits: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.tokenizer):
             raise ValueError(
                 "`tokenizer` must be a function from strings to token ids, such as a "
@@ -130,24 +130,24 @@ class TextFrontEnd:
             self._id(name)
 
     @property
-    def start_id(self):
+    def start_id(self) -> int | None:
         """The id of the start token, or `None`."""
         own = self._id("start_token", ["start_token"], ["<s>"])
         return self.end_id if own is None else own
 
     @property
-    def end_id(self):
+    def end_id(self) -> int | None:
         """The id of the end token, or `None`."""
         return self._id("end_token", ["end_token"], ["</s>"])
 
     @property
-    def unknown_id(self):
+    def unknown_id(self) -> int | None:
         """The id of the unknown token, or `None`."""
         attributes = ["oov_token", "unk_token"]
         return self._id("unknown_token", attributes, ["[UNK]", "<unk>"])
 
     @property
-    def size(self):
+    def size(self) -> int | None:
         """The vocabulary size of the model, or `None` if it is not known."""
         if self.vocabulary_size is not None:
             return self.vocabulary_size
