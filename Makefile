@@ -2,8 +2,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 
-.PHONY: demo test test-all lint bench experiments figures notebooks links venv clean
+.PHONY: demo test test-all lint bench experiments figures notebooks links docs venv clean
 
 # Trains a language model on the Python language reference, recalibrates, folds,
 # exports and serves it, and sends it text. Output goes to runs/demo.
@@ -44,6 +46,17 @@ notebooks: $(READY)
 links: $(READY)
 	$(BIN)/python examples/notebooks.py --links
 
+# The documentation site, in build/site. Warnings are errors. Its packages have an
+# environment of their own: no test needs them, and they need no TensorFlow.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	$(DOCS_VENV)/bin/python docs/tools/check.py
+
+$(DOCS_READY): docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-compile -r docs/requirements.txt
+	touch $@
+
 venv: $(READY)
 
 # Packages at the versions they were tested with. `--no-deps`: the list is
@@ -55,4 +68,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) runs build *.egg-info

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "docs", "examples", "keras_bnrnn", "keras_bnrnn_cli")
 FOLDERS += ("serving", "tests")
 FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
-FILES += ("requirements.txt",)
+FILES += ("mkdocs.yml", "requirements.txt")
 IGNORED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "runs")
 
 

@@ -23,6 +23,8 @@ class Docstrings(griffe.Extension):
         if pkg.name == "keras_bnrnn":
             module = pkg["layers.arguments"]
             normalization = ast.literal_eval(str(module["DOCS"].value))
+            # Indented as in the source of a class; read docstrings are not.
+            normalization = normalization.replace("\n    ", "\n")
             defaults = ast.literal_eval(str(module["DEFAULTS"].value))
         for item in objects(pkg):
             if item.docstring is not None:
