@@ -49,7 +49,7 @@ links: $(READY)
 # The documentation site, in build/site. Warnings are errors. Its packages have an
 # environment of their own: no test needs them, and they need no TensorFlow.
 docs: $(DOCS_READY)
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	$(DOCS_VENV)/bin/python docs/tools/check.py
 
 $(DOCS_READY): docs/requirements.txt
