@@ -57,7 +57,7 @@ def test_programs(page, tmp_path, monkeypatch):
             assert printed is not None, f"{page}: no program prints: {block}"
             assert printed == block
             printed = None
-        elif language == "sh":
+        elif language == "sh" and page != "README.md":  # its: test_guides.py
             for command in commands(block):
                 program, *arguments = command.split()
                 assert (program, arguments[0]) == ("keras-bnrnn", "inspect")
