@@ -2,8 +2,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 
-.PHONY: demo test test-all lint bench experiments figures notebooks links
+.PHONY: demo test test-all lint bench experiments figures notebooks links docs
 .PHONY: release-check matrix venv clean
 
 # Trains a language model on the Python language reference, recalibrates, folds,
@@ -15,9 +17,9 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=12
 
-# Every test, those marked slow too: up to an hour.
+# Every test, those marked slow too: more than an hour. TESTS: more options for pytest.
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -57,6 +59,17 @@ release-check: $(READY)
 matrix: $(READY)
 	$(BIN)/python release/matrix.py --skip-missing $(MATRIX)
 
+# The documentation site, in build/site. Warnings are errors. Its packages have an
+# environment of their own: no test needs them, and they need no TensorFlow.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	$(DOCS_VENV)/bin/python docs/tools/check.py
+
+$(DOCS_READY): docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-compile -r docs/requirements.txt
+	touch $@
+
 venv: $(READY)
 
 # Packages at the versions they were tested with. `--no-deps`: the list is
@@ -68,4 +81,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) runs build *.egg-info

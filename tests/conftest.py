@@ -1,5 +1,7 @@
 import gc
 import os
+import random
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -15,6 +17,44 @@ def pytest_addoption(parser):
         help="folder with Penn Treebank in ptb/ and the Free Spoken Digit Dataset in "
         "fsdd/: tests of the published data run too",
     )
+    parser.addoption(
+        "--slow-minutes",
+        type=float,
+        help="skip slow tests that would start later than this many minutes after the "
+        "run started (default: run all)",
+    )
+    parser.addoption(
+        "--slow-seed",
+        type=int,
+        help="run the slow tests in a random order of this seed, so that another day "
+        "another part of them runs within --slow-minutes",
+    )
+
+
+def pytest_configure(config):
+    config.stash[START] = time.monotonic()
+
+
+START = pytest.StashKey[float]()
+
+
+def is_slow(item):
+    return item.get_closest_marker("slow") is not None
+
+
+def pytest_collection_modifyitems(config, items):
+    seed = config.getoption("--slow-seed")
+    if seed is not None:
+        slow = [item for item in items if is_slow(item)]
+        random.Random(seed).shuffle(slow)
+        items[:] = [item for item in items if not is_slow(item)] + slow
+
+
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("--slow-minutes")
+    if minutes is not None and is_slow(item):
+        if time.monotonic() - item.config.stash[START] > 60 * minutes:
+            pytest.skip(f"slow tests start within {minutes:g} minutes")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
-"""README and docs: the example runs as it is printed, and links lead somewhere."""
+"""The guides: the example runs as it is printed, and links lead somewhere."""
 
 import concurrent.futures
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -9,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,17 +30,25 @@ pytest.importorskip("yaml")
 import grpc
 import httpx
 from model_service import Models, models_config
+from pages import (
+    PAGES,
+    ROOT,
+    anchors,
+    blocks,
+    commands,
+    free_port,
+    run_python,
+    text_of,
+    without_blocks,
+)
 from tensorflow_serving.apis import model_service_pb2_grpc
 
 import keras_bnrnn
 import keras_bnrnn_cli
 
-ROOT = pathlib.Path(__file__).parents[1]
-GUIDES = ["README.md", "docs/serving.md"]
+# The second guide goes on with the example of the first one.
+GUIDES = ["docs/index.md", "docs/serving.md"]
 SCRIPT = pathlib.Path(sys.executable).with_name("keras-bnrnn")
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "serving/README.md"] + sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")
-)
 
 # The commands of the guides that no test runs as they are printed, and why.
 CLONE = re.search("^git clone .*$", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
@@ -55,26 +63,6 @@ NOT_RUN = {
     "python -m keras_bnrnn_client.front --target 127.0.0.1:8500 "
     "--listen 0.0.0.0:8510": "runs until it is stopped; test_front.py runs the front",
 }
-
-
-def text_of(page):
-    return (ROOT / page).read_text(encoding="utf-8")
-
-
-def blocks(page):
-    """The fenced blocks of a page: pairs of language and text, in order."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.M | re.S)
-
-
-def commands(block):
-    """The commands of a block, with continued lines joined."""
-    return re.sub(r"\s*\\\n\s*", " ", block).splitlines()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Reader:
@@ -93,13 +81,17 @@ class Reader:
         self.folder = folder
         self.rest, self.grpc = free_port(), free_port()
         self.names, self.labels = {}, {}
-        self.done, self.answers = [], []
+        self.done, self.answers, self.printed = [], [], None
         self.server = None
 
     def read(self, page):
         for language, block in blocks(page):
             if language == "python":
-                exec(compile(self.ported(block), page, "exec"), self.names)
+                self.printed = run_python(self.ported(block), page, self.names)
+                print(self.printed, end="")
+                continue
+            if language == "text":
+                assert block == self.printed
                 continue
             assert language == "sh", f"{page}: no language is given for: {block}"
             for command in commands(block):
@@ -137,7 +129,7 @@ class Reader:
                     stderr=stderr,
                     env=environment,
                 )
-        # The server of the README is still there: it loads the version of the guide.
+        # The server of the first guide is still there: it loads the new version.
         self.wait_for(max(os.listdir("models/speech"), key=int))
 
     def wait_for(self, version):
@@ -202,7 +194,7 @@ def reader(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_example_runs_from_end_to_end(reader, capfd):
-    reader.read("README.md")
+    reader.read("docs/index.md")
     names = reader.names
     frames = names["frames"]
     expected = names["model"].predict(frames, verbose=0)
@@ -252,7 +244,7 @@ def test_the_example_runs_from_end_to_end(reader, capfd):
     # No command is left out but those of the list.
     printed = [
         command
-        for page in GUIDES
+        for page in ["README.md", *GUIDES]
         for language, block in blocks(page)
         if language == "sh"
         for command in commands(block)
@@ -273,44 +265,45 @@ def test_loading_needs_the_import(tmp_path, monkeypatch):
     monkeypatch.undo()
     model = keras.saving.load_model(tmp_path / "m.keras")
     assert type(model.layers[0]) is keras_bnrnn.BNLSTM
-    for page in GUIDES:
+    for page in PAGES:
         for _, block in blocks(page):
             if "load_model" in block:
                 assert re.search(r"^(import|from) keras_bnrnn\b", block, re.M)
+    for page in GUIDES:
         text = " ".join(text_of(page).split())
         assert re.search(r"import.{,30} `?keras_bnrnn.{,80}regist", text), page
 
 
-@pytest.mark.parametrize("page", GUIDES)
-def test_commands_within_sentences_exist(page):
+def test_commands_within_sentences_exist():
     makefile = text_of("Makefile")
     extras = tomllib.loads(text_of("pyproject.toml"))["project"]
     extras = extras["optional-dependencies"]
-    prose = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S)
-    found = 0
-    for code in re.findall(r"`([^`\n]+)`", prose):
-        program, *arguments = code.split()
-        found += 1
-        if program == "make" and arguments:
-            assert re.search(rf"^{arguments[0]}:", makefile, re.M), code
-        elif program == "python":
-            assert (ROOT / arguments[0]).exists(), code
-        elif program == "pip":
-            (extra,) = re.findall(r"\[(\w+)\]", code) or ["client"]
-            assert arguments[0] == "install" and extra in extras, code
-        elif program == "keras-bnrnn" and arguments:
-            assert arguments[0] in keras_bnrnn_cli._COMMANDS, code
-        else:
-            found -= 1
-    assert found >= 3
+    found = set()
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", without_blocks(page)):
+            program, *arguments = code.split() or [""]
+            if not arguments:
+                continue
+            found.add(program)
+            if program == "make":
+                assert re.search(rf"^{arguments[0]}:", makefile, re.M), code
+            elif program == "python" and arguments[0] == "-m":
+                assert importlib.util.find_spec(arguments[1]), code
+            elif program == "python" and arguments[0].endswith(".py"):
+                assert (ROOT / arguments[0]).exists(), code
+            elif program == "pip":
+                (extra,) = re.findall(r"\[(\w+)\]", code) or ["client"]
+                assert arguments[0] == "install" and extra in extras, code
+            elif program == "keras-bnrnn" and not arguments[0].startswith("-"):
+                assert arguments[0] in keras_bnrnn_cli._COMMANDS, code
+    assert found >= {"make", "python", "pip", "keras-bnrnn"}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "release"))
     # Links into this repository may be absolute: see release/address.py.
-    text = importlib.import_module("address").relative(text_of(page))
-    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    text = importlib.import_module("address").relative(without_blocks(page))
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     targets += re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
     missing = []
@@ -324,12 +317,6 @@ def test_links_lead_somewhere(page, monkeypatch):
         ):
             missing.append(target)
     assert not missing
-
-
-def anchors(text):
-    """The anchors of a page's headings, as GitHub names them."""
-    headings = re.findall(r"^#+ (.*)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
 
 
 def test_no_page_has_an_address_that_is_not_set():

@@ -23,7 +23,7 @@ FOLDERS = (
 FOLDERS += ("release", "serving", "tests")
 FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
 FILES += ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
-FILES += ("requirements.txt",)
+FILES += ("mkdocs.yml", "requirements.txt")
 IGNORED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "runs")
 
 
