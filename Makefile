@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/python examples/language_model.py --output-dir runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=12
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=60
 
 # Every test, those marked slow too: more than an hour. TESTS: more options for pytest.
 test-all: lint

@@ -185,6 +185,7 @@ def test_lengths_are_clamped_and_answers_repeat(rng, tmp_path):
         logits(1, 2, 3)
 
 
+@pytest.mark.slow
 def test_loads_where_keras_is_not_installed(rng, tmp_path):
     model = per_step_model(rng, normalize="joint")
     model.compile("adam", "mse")
@@ -468,6 +469,7 @@ def test_a_failed_export_leaves_nothing(rng, tmp_path, monkeypatch):
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_further_signatures_keep_their_tables(rng, tmp_path):
     model = keras.Sequential(
         [

@@ -78,6 +78,7 @@ def test_warmup_has_a_request_for_each_signature(rng, tmp_path):
             assert specs[key].shape.is_compatible_with(x.shape)
 
 
+@pytest.mark.slow
 def test_warmup_of_ones_own(rng, tmp_path):
     model = tagger(rng)
     request = {"ids": [[1, 2, 8]], "lengths": [3]}

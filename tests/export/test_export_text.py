@@ -225,6 +225,7 @@ class TestTextOfALanguageModel:
                 answer["perplexity"].numpy()[row], perplexity, rtol=2e-5
             )
 
+    @pytest.mark.slow
     def test_tokens_are_the_text_of_each(self):
         def tokens(kind):
             answer = case(kind).signatures["text"](["The cats", "dog ü", ""])
