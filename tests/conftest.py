@@ -52,9 +52,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_setup(item):
     minutes = item.config.getoption("--slow-minutes")
-    if minutes is not None and is_slow(item):
-        if time.monotonic() - item.config.stash[START] > 60 * minutes:
-            pytest.skip(f"slow tests start within {minutes:g} minutes")
+    seconds = time.monotonic() - item.config.stash[START]
+    if minutes is not None and is_slow(item) and seconds > 60 * minutes:
+        pytest.skip(f"slow tests start within {minutes:g} minutes")
 
 
 @pytest.fixture(autouse=True)
