@@ -4,6 +4,7 @@ import importlib.metadata
 import typing
 
 from keras_bnrnn.calibration import recalibrate
+from keras_bnrnn.callbacks import Recalibrate
 from keras_bnrnn.folding import fold
 from keras_bnrnn.layers import (
     BNGRU,
@@ -47,6 +48,7 @@ __all__ = [
     "BNLSTMCell",
     "BNSimpleRNN",
     "BNSimpleRNNCell",
+    "Recalibrate",
     "SequenceBatchNorm",
     "export_saved_model",
     "fold",

@@ -20,6 +20,8 @@ Regularizer: TypeAlias = str | Mapping[str, Any] | Callable[..., Any] | None
 Constraint: TypeAlias = str | Mapping[str, Any] | Callable[..., Any] | None
 DType: TypeAlias = str | Mapping[str, Any] | keras.DTypePolicy | None
 Seed: TypeAlias = int | keras.random.SeedGenerator | None
+# The function that `BNCell.step` normalises with: `norm(site, a, columns)`.
+Norm: TypeAlias = Callable[..., Tensor]
 # The result of `get_config`.
 Config: TypeAlias = dict[str, Any]
 

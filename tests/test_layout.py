@@ -22,6 +22,7 @@ FLOORS = [
     "recurrence",
     "layers",
     "calibration",
+    "callbacks",
     "folding",
     "normalizing",
     "torch_weights",

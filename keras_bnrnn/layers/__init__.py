@@ -1,4 +1,4 @@
-from keras_bnrnn.layers.cell import BNCell, Norm
+from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.gru import BNGRU, BNGRUCell
 from keras_bnrnn.layers.lstm import BNLSTM, BNLSTMCell
 from keras_bnrnn.layers.rnn import BNRNN
@@ -17,5 +17,4 @@ __all__ = [
     "BNLSTMCell",
     "BNSimpleRNN",
     "BNSimpleRNNCell",
-    "Norm",
 ]

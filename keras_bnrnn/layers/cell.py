@@ -1,7 +1,6 @@
 """Defines `BNCell`, the base of all batch-normalised cells."""
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 from keras import ops
@@ -18,9 +17,6 @@ from keras_bnrnn.layers.keras_rnn import TrialStep, TriedCell, refuse_replicas
 from keras_bnrnn.layers.normalizers import BatchNormalizer, PopulationNormalizer
 from keras_bnrnn.recurrence import StepDerivative, Weights
 from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm, check_flag
-
-# The function that `step` normalises with: `norm(site, a, columns)`.
-Norm: TypeAlias = Callable[..., types.Tensor]
 
 
 @with_normalization_arguments
@@ -148,7 +144,7 @@ class BNCell(TriedCell):
         recurrent: types.Tensor,
         states: list[types.Tensor],
         weights: Weights,
-        norm: Norm,
+        norm: types.Norm,
     ) -> list[types.Tensor]:
         """Computes the cell's equations in one timestep, elementwise.
 

@@ -15,7 +15,7 @@ from keras_bnrnn.layers.arguments import (
     given,
     with_normalization_arguments,
 )
-from keras_bnrnn.layers.cell import BNCell, Norm
+from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative, Weights
 
@@ -124,7 +124,7 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         recurrent: types.Tensor,
         states: list[types.Tensor],
         weights: Weights,
-        norm: Norm,
+        norm: types.Norm,
     ) -> list[types.Tensor]:
         (h_before,) = states
         units = self.units

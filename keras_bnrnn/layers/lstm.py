@@ -16,7 +16,7 @@ from keras_bnrnn.layers.arguments import (
     given,
     with_normalization_arguments,
 )
-from keras_bnrnn.layers.cell import BNCell, Norm
+from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative, Weights
 from keras_bnrnn.sequence_batch_norm import check_flag
@@ -124,7 +124,7 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
         recurrent: types.Tensor,
         states: list[types.Tensor],
         weights: Weights,
-        norm: Norm,
+        norm: types.Norm,
     ) -> list[types.Tensor]:
         a = norm("joint", projected + recurrent)  # (B, 4U): i, f, c, o
         return advance(self, a, states, weights.more["peephole_kernel"])

@@ -13,7 +13,7 @@ from keras_bnrnn.layers.arguments import (
     given,
     with_normalization_arguments,
 )
-from keras_bnrnn.layers.cell import BNCell, Norm
+from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative, Weights
 
@@ -92,7 +92,7 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
         recurrent: types.Tensor,
         states: list[types.Tensor],
         weights: Weights,
-        norm: Norm,
+        norm: types.Norm,
     ) -> list[types.Tensor]:
         return [self.activation(norm("joint", projected + recurrent))]
 

@@ -19,9 +19,12 @@ from keras_bnrnn import (
     BNLSTMCell,
     BNSimpleRNN,
     BNSimpleRNNCell,
+    Recalibrate,
     SequenceBatchNorm,
     export_saved_model,
     fold,
+    from_torch,
+    normalize_model,
     recalibrate,
     types,
 )
@@ -34,6 +37,7 @@ from keras_bnrnn.export import (
 )
 from keras_bnrnn.folding import FoldedLayer
 from keras_bnrnn.local_server import ModelServer
+from keras_bnrnn.normalizing import NormalizedLayer
 from keras_bnrnn_cli import main
 
 
@@ -70,6 +74,14 @@ def finish(model: Any, frames: np.ndarray) -> pathlib.Path:
     assert_type(layer.nonfinite_batches, int)
     assert_type(layer.get_config(), dict[str, Any])
     assert_type(BNLSTM.from_config(layer.get_config()), BNLSTM)
+    stock = keras.Sequential([keras.Input((None, 3)), keras.layers.LSTM(2)])
+    assert_type(from_torch({}, [stock]), list[keras.Model])
+    normalize_model(stock, frames, epsilon=1e-4).fit(
+        frames, callbacks=[Recalibrate(frames, steps=2, every=1)]
+    )
+    normalized, normalizing = normalize_model(stock, frames, return_report=True)
+    assert_type(normalizing, list[NormalizedLayer])
+    normalized.summary()
     folded, report = fold(model, return_report=True)
     assert_type(report, list[FoldedLayer])
     assert_type(report[0].kept_because, str | None)
@@ -115,7 +127,7 @@ class Cell(keras_bnrnn.layers.BNCell, keras.layers.SimpleRNNCell):
         recurrent: types.Tensor,
         states: list[types.Tensor],
         weights: Any,
-        norm: keras_bnrnn.layers.Norm,
+        norm: types.Norm,
     ) -> list[types.Tensor]:
         return [self.activation(norm("joint", projected + recurrent, slice(0, 4)))]
 
