@@ -79,8 +79,15 @@ class Environment:
         return {**kept, "VIRTUAL_ENV": str(self.folder), "PATH": path}
 
 
+# What git ignores, for a checkout that git cannot read.
+IGNORED = (".git", ".venv*", "build", "runs", "*.egg-info", "__pycache__", ".*_cache")
+
+
 def copy_of_checkout(folder):
     """Copies the files that git tracks, as a fresh clone has them.
+
+    Without git, as in an unpacked archive, it copies all files that git would not
+    ignore.
 
     Args:
         folder: `pathlib.Path` to create.
@@ -88,9 +95,13 @@ def copy_of_checkout(folder):
     Returns:
         `folder`.
     """
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    command = ["git", "ls-files", "-z"]
+    try:
+        listed = subprocess.run(
+            command, cwd=ROOT, check=True, capture_output=True, text=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*IGNORED))
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -194,3 +194,22 @@ def test_the_limits_on_the_security_page():
         f"{server._GRACE_SECONDS} seconds",
     ):
         assert text in page, text
+
+
+def test_a_checkout_without_git_is_copied_alike(tmp_path, monkeypatch, release):
+    environments = release("environments")
+    if not (environments.ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+
+    def files(folder):
+        return {path.relative_to(folder) for path in folder.rglob("*")}
+
+    def fail(*arguments, **options):
+        raise FileNotFoundError("git")
+
+    tracked = files(environments.copy_of_checkout(tmp_path / "tracked"))
+    monkeypatch.setattr(environments.subprocess, "run", fail)
+    found = files(environments.copy_of_checkout(tmp_path / "found"))
+    # A working tree may have files that are not committed yet.
+    assert tracked <= found
+    assert not {".git", ".venv", "build"} & {path.parts[0] for path in found}
