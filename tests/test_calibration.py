@@ -94,6 +94,7 @@ def check_input_layer(layer, x, mask):
 # What is measured
 
 
+@pytest.mark.slow
 def test_deep_models_however_the_data_is_cut(rng):
     both = layers.Bidirectional(
         ours("gru", name="gru"),

@@ -291,7 +291,7 @@ def test_commands_within_sentences_exist():
                 assert importlib.util.find_spec(arguments[1]), code
             elif program == "python" and arguments[0].endswith(".py"):
                 assert (ROOT / arguments[0]).exists(), code
-            elif program == "pip":
+            elif program == "pip" and arguments != ["freeze"]:
                 (extra,) = re.findall(r"\[(\w+)\]", code) or ["client"]
                 assert arguments[0] == "install" and extra in extras, code
             elif program == "keras-bnrnn" and not arguments[0].startswith("-"):
@@ -301,9 +301,10 @@ def test_commands_within_sentences_exist():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "release"))
-    # Links into this repository may be absolute: see release/address.py.
-    text = importlib.import_module("address").relative(without_blocks(page))
+    text = without_blocks(page)
+    if page == "README.md":  # its links may be absolute: see release/address.py
+        monkeypatch.syspath_prepend(str(ROOT / "release"))
+        text = importlib.import_module("address").relative(text)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     targets += re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
     missing = []

@@ -18,9 +18,10 @@ GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "migrate.md"
 
 
 def encoder(rng):
-    """The state dict that the guide loads, as arrays."""
+    """The state dict that the guide loads, as arrays. PyTorch draws from this range."""
+    bound = 1 / np.sqrt(32)
     return {
-        f"encoder.{name}_l{layer}{end}": rng.normal(size=shape)
+        f"encoder.{name}_l{layer}{end}": rng.uniform(-bound, bound, shape)
         for layer, features in ((0, 8), (1, 64))
         for end in ("", "_reverse")
         for name, shape in (

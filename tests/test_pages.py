@@ -25,10 +25,11 @@ from pages import (
 import keras_bnrnn_cli.arguments
 from keras_bnrnn import BNLSTM
 
-# Pages whose programs need more than one process, and the guides that test_guides.py
-# reads one after the other.
+# Pages whose programs need more than one process or a stand-in for PyTorch, and the
+# guides that test_guides.py reads one after the other.
 ELSEWHERE = {
     "docs/index.md": "test_the_example_runs_from_end_to_end",
+    "docs/migrate.md": "test_the_code_runs",
     "docs/serving.md": "test_the_example_runs_from_end_to_end",
     "docs/several_gpus.md": "test_replicas",
     "docs/several_workers.md": "test_workers",

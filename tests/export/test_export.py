@@ -299,6 +299,7 @@ def test_dicts_name_the_ends_and_an_unnamed_input_is_inputs(rng, tmp_path):
     assert set(serve.structured_input_signature[1]) == {"inputs", "lengths"}
 
 
+@pytest.mark.slow
 def test_a_layer_that_gives_several_outputs_has_them_numbered(rng, tmp_path):
     a, b = (keras.Input((None, 3), name=name) for name in "ab")
     encoder = keras_bnrnn.BNLSTM(2, return_state=True, name="enc")
@@ -428,6 +429,7 @@ def contents(directory):
     }
 
 
+@pytest.mark.slow
 def test_a_poller_never_sees_half_a_version(tmp_path):
     model = small_model()
     directory = tmp_path / "m"

@@ -280,6 +280,7 @@ def test_inspect(rng, tmp_path, capsys):
     assert "LACKING: it runs Python" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_half_weights(rng, tmp_path):
     model = tagger(rng, units=64)
     # As large as those of a trained model: large ones make chaos of a rounding.
@@ -328,6 +329,7 @@ def test_a_weight_that_float16_would_spoil_stays(rng, tmp_path):
     assert "tagger/table/embeddings" not in halved["float16"]
 
 
+@pytest.mark.slow
 def test_xla_buckets(rng, tmp_path):
     model = keras.Sequential(
         [

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from helpers import gap, randomize_model
 
 import keras_bnrnn
@@ -11,6 +12,7 @@ from keras_bnrnn import export_saved_model, fold
 TOLERANCE = 1e-5
 
 
+@pytest.mark.slow
 def test_the_same_numbers_in_c(serve_in_c, rng, tmp_path):
     model = keras.Sequential(
         [

@@ -168,6 +168,7 @@ def test_bad_lengths(rng, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_client_and_inspection_follow_the_signature(rng, tmp_path, capsys):
     client = pytest.importorskip("keras_bnrnn_client")
     pytest.importorskip("starlette")

@@ -153,6 +153,7 @@ def test_the_operations_of_a_block(sequences, masked, slices, rng, monkeypatch):
         assert gap(a, b) <= 2e-5
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_a_block(slices, rng, monkeypatch):
     """Of a block and of the loop, both float32: 1e-4 of numbers of order 1 to 10."""
     layer = KINDS["lstm"][0](U, return_sequences=True)
@@ -183,6 +184,7 @@ def test_second_derivatives_of_a_block(slices, rng, monkeypatch):
         assert gap(a, b) <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_nested_function_and_recomputation(slices, rng, monkeypatch):
     """The tensors that the loop keeps pass the borders of functions."""
     layer = make("gru", rng, return_sequences=True)
