@@ -1,7 +1,5 @@
 """docs/migrate.md: its code runs as it is printed."""
 
-import pathlib
-import re
 import sys
 import types
 
@@ -9,12 +7,13 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from pages import blocks, run_python
 
 import keras_bnrnn
 
 pytest.importorskip("sklearn")
 
-GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "migrate.md"
+GUIDE = "docs/migrate.md"
 
 
 def encoder(rng):
@@ -34,16 +33,16 @@ def encoder(rng):
 
 
 @pytest.mark.slow
-def test_the_code_runs(rng, tmp_path, monkeypatch, capsys):
+def test_the_code_runs(rng, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state_dict = encoder(rng)
     torch = types.SimpleNamespace(load=lambda name, weights_only: state_dict)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    names = {}
-    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), re.M | re.S)
-    for block in blocks:
-        exec(compile(block, GUIDE.name, "exec"), names)
-    assert "lstm LSTM BNLSTM None" in capsys.readouterr().out
+    names, printed = {}, ""
+    for language, block in blocks(GUIDE):
+        if language == "python":
+            printed += run_python(block, GUIDE, names)
+    assert "lstm LSTM BNLSTM None" in printed
     assert type(names["model"].layers[0]) is keras_bnrnn.BNLSTM
     # Folded and float32: 1e-5.
     saved = keras.saving.load_model("digits.keras")

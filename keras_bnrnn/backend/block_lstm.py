@@ -113,7 +113,7 @@ def backward(
         size=timesteps,
         element_shape=tf.TensorShape([frames.shape[1], 4 * units]),
     )
-    # The first step is outside the loop: it alone reads the first cell state.
+    # Timestep 0 follows the loop: it alone reads the cell state before the sequence.
     end = (timesteps if turns is None else turns) - 1
     _, *carry = tf.while_loop(
         lambda i, *_: i < end,

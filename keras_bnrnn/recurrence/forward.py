@@ -106,7 +106,8 @@ def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False
 
     def body(states, elements):
         projected_t, valid_t = [*elements, None][:2]
-        # Not cleared: the backward loop reads in them the states after the step before.
+        # Kept uncleared: the backward loop also reads them as the states after the
+        # previous step.
         before = states if schedule.by_step else []
         if clears:
             states = [ops.where(valid_t, s, ops.zeros_like(s)) for s in states]
