@@ -4,6 +4,7 @@ import builtins
 import collections
 import doctest
 import functools
+import gc
 import json
 import subprocess
 import sys
@@ -31,6 +32,14 @@ def seeded():
 
     Every weight comes from a generator with a seed of its own.
     """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_cases():
+    """Before a test of another file, which seeds; this file may come again after it."""
+    yield
+    case.cache_clear()
+    gc.collect()  # a model that goes later takes a new one of the same name along
 
 
 def word_tokenizer(**arguments):
