@@ -1,0 +1,74 @@
+"""The gradients of TensorFlow's LSTM operations, by blocks, against stock Keras."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_bnrnn.backend import block_lstm
+
+BATCH, WIDTH, UNITS = 3, 4, 5
+
+
+@pytest.mark.parametrize("sequences", [0, 1, 2], ids="sequences={}".format)
+@pytest.mark.parametrize("timesteps", [1, 2, 8])
+@pytest.mark.parametrize("rows", [3, 9, 4096], ids="rows={}".format)
+def test_gradients_are_those_of_keras(rows, timesteps, sequences, monkeypatch, rng):
+    """Blocks of one and of three timesteps, the last one shorter, and a single block.
+
+    The loss weighs the outputs, the cell states and both last states at random.
+    """
+    monkeypatch.setattr(block_lstm, "BLOCK_ROWS", rows)
+
+    def draw(*shape):
+        return tf.constant(rng.normal(size=shape), "float32")
+
+    frames, h, c = draw(timesteps, BATCH, WIDTH), draw(BATCH, UNITS), draw(BATCH, UNITS)
+    kernel = draw(WIDTH, 4 * UNITS)
+    recurrent_kernel, bias = draw(UNITS, 4 * UNITS), draw(4 * UNITS)
+    arguments = [frames, h, c, kernel, recurrent_kernel, bias]
+    d_sequences = [draw(timesteps, BATCH, UNITS) for _ in range(sequences)]
+    d_last = [draw(BATCH, UNITS), draw(BATCH, UNITS)]
+
+    cell = keras.layers.LSTMCell(UNITS)
+    cell.build((BATCH, WIDTH))
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        states, loss = [h, c], 0.0
+        for t in range(timesteps):
+            (_, states), _ = cell.stateless_call(
+                [kernel, recurrent_kernel, bias],
+                cell.non_trainable_variables,
+                frames[t],
+                states,
+            )
+            for state, d in zip(states, d_sequences, strict=False):
+                loss += tf.reduce_sum(state * d[t])
+        for state, d in zip(states, d_last, strict=True):
+            loss += tf.reduce_sum(state * d)
+    expected = tape.gradient(loss, arguments)
+
+    @tf.function
+    def found(frames, states, kernel, recurrent_kernel, bias, d_sequences, d_last):
+        stacked, kept = block_lstm.forward(
+            frames, states, kernel, recurrent_kernel, bias
+        )
+        return block_lstm.backward(
+            frames,
+            states,
+            kernel,
+            recurrent_kernel,
+            kept,
+            stacked,
+            d_sequences,
+            d_last,
+            None,
+        )
+
+    gradients = found(
+        frames, [h, c], kernel, recurrent_kernel, bias, d_sequences, d_last
+    )
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        wanted = np.asarray(wanted)
+        bound = 1e-5 * np.abs(wanted).max()  # float32, sums of at most 24 rows
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=bound)
