@@ -8,6 +8,7 @@ else:
     from keras_bnrnn.backend import missing as _module
 
 FusedKernel = _module.FusedKernel
+between = _module.between
 block_backward = _module.block_backward
 block_forward = _module.block_forward
 call_if = _module.call_if
@@ -25,9 +26,9 @@ replica_count = _module.replica_count
 require_positive = _module.require_positive
 require_time_loop = _module.require_time_loop
 scan = _module.scan
+scan_blocks = _module.scan_blocks
 slice_sizes = _module.slice_sizes
 split_rows = _module.split_rows
-stacked = _module.stacked
 sum_over_replicas = _module.sum_over_replicas
 transposed_times = _module.transposed_times
 unstacked = _module.unstacked

@@ -9,11 +9,6 @@ no tensor (T, B, 4U) is stacked.
 
 import tensorflow as tf
 
-# The least number of rows (timesteps times rows of the batch) of a block. Blocks of
-# 1,024 to 8,192 rows take the same time, within 5 %. Shorter ones need less memory, and
-# have more turns of the outer loop.
-BLOCK_ROWS = 4096
-
 
 def forward(frames, states, kernel, recurrent_kernel, bias, turns=None):
     """Runs the forward loop.
@@ -61,6 +56,7 @@ def backward(
     d_sequences,
     d_last,
     turns,
+    length,
 ):
     """Computes the gradients of `forward`.
 
@@ -69,6 +65,7 @@ def backward(
         kept, sequences: What `forward` returned.
         d_sequences: List of the gradients of the first sequences.
         d_last: List of the gradients of the last states.
+        length: The number of timesteps of a block, an int or a tensor.
 
     Returns:
         The gradients of frames, h, c, kernel, recurrent kernel and bias.
@@ -123,7 +120,6 @@ def backward(
         ]
 
     # Block k starts at timestep 1 + k * length. The last block may be shorter.
-    length = tf.maximum(BLOCK_ROWS // tf.maximum(rows, 1), 1)
     blocks = -((1 - timesteps) // length)
     if turns is not None:
         blocks = tf.where(turns > 0, blocks, 0)

@@ -108,6 +108,85 @@ def scan(
     return list(carry), [result(i) for i in range(len(specs))]
 
 
+def scan_blocks(
+    body, carry, sequences, specs, length, block, sums, of_block, turns=None
+):
+    """Runs a loop from the last timestep to the first, and sums over blocks of it.
+
+    In a plain graph, the tensors of a block of timesteps are stacked and summed while
+    they are in the cache. XLA has one block.
+
+    Args:
+        body, carry, sequences, turns: As for `scan`.
+        specs: Shape and dtype of each tensor to stack. The stack of the first one is
+            returned.
+        length: T, an int or a tensor.
+        block: The number of timesteps of a block, an int or a tensor.
+        sums: List of tensors, where the sums start.
+        of_block: Function `(carry, stacks, start, end)` that returns the list of what
+            the timesteps from `start` to before `end` add to the sums. `carry` is what
+            the block starts from, `stacks` are its tensors (end - start, ...).
+
+    Returns:
+        The last carry, the stack (T, ...) of the first tensors, and the list of sums.
+    """
+    if not in_plain_graph():
+        last, stacks = scan(
+            body, carry, sequences, specs, length, reverse=True, turns=turns
+        )
+        return last, stacks[0], _added(sums, of_block(carry, stacks, 0, length))
+
+    readers = [_reader(sequence, length, False) for sequence in sequences]
+    blocks = -(-length // block)
+    if turns is not None:
+        blocks = tf.where(tf.equal(turns, 0), 0, blocks)
+    shapes = [tf.TensorShape(shape) for shape, _ in specs]
+
+    def run_block(k, carry, sums, array):
+        start = k * block
+        end = tf.minimum(start + block, length)
+        lists = tuple(
+            tf.TensorArray(dtype, size=end - start, element_shape=shape)
+            for shape, (_, dtype) in zip(shapes, specs, strict=True)
+        )
+
+        def loop_body(t, carry, lists):
+            carry, kept = body(list(carry), [read(t) for read in readers])
+            lists = tuple(
+                one.write(t - start, tensor)
+                for one, tensor in zip(lists, kept, strict=True)
+            )
+            return t - 1, tuple(carry), lists
+
+        _, after, lists = tf.while_loop(
+            lambda t, *_: t >= start,
+            loop_body,
+            (end - 1, carry, lists),
+            parallel_iterations=32,
+        )
+        stacks = [one.stack() for one in lists]
+        sums = _added(sums, of_block(list(carry), stacks, start, end))
+        return k - 1, after, tuple(sums), array.write(k, stacks[0])
+
+    array = tf.TensorArray(
+        specs[0][1],
+        size=blocks,
+        element_shape=tf.TensorShape([None, *shapes[0]]),
+        infer_shape=False,
+    )
+    _, carry, sums, array = tf.while_loop(
+        lambda k, *_: k >= 0,
+        run_block,
+        (blocks - 1, tuple(carry), tuple(sums), array),
+    )
+    return list(carry), array.concat(), list(sums)
+
+
+def _added(sums, terms):
+    """Adds two lists of tensors, one by one."""
+    return [a + b for a, b in zip(sums, terms, strict=True)]
+
+
 def is_traced():
     """Returns whether a function is being traced, rather than run eagerly."""
     return not tf.executing_eagerly()
@@ -143,18 +222,30 @@ class Unstacked:
         element.set_shape(self._shape)
         return element
 
+    def between(self, start, end, rows):
+        """Stacks the timesteps from `start` to before `end`; `rows` as in `stack`."""
+        stack = tf.raw_ops.TensorListGather(
+            input_handle=self._handle,
+            indices=tf.range(start, end),
+            element_shape=self._full_shape(rows),
+            element_dtype=self._dtype,
+        )
+        return tf.ensure_shape(stack, (None, *self._shape))
+
+    def _full_shape(self, rows):
+        if self._shape.rank and self._shape[0] is None:
+            return tf.concat([rows, self._shape[1:]], axis=0)
+        return self._shape
+
     def stack(self, rows):
         """Stacks the tensors (B, ...), zeros where no turn of a loop wrote one.
 
         Args:
             rows: int32 tensor of shape (1,), B.
         """
-        shape = self._shape
-        if shape.rank and shape[0] is None:
-            shape = tf.concat([rows, shape[1:]], axis=0)
         stack = tf.raw_ops.TensorListStack(
             input_handle=self._handle,
-            element_shape=shape,
+            element_shape=self._full_shape(rows),
             element_dtype=self._dtype,
         )
         return tf.ensure_shape(stack, (None, *self._shape))
@@ -170,16 +261,17 @@ def unstacked(tensor, spec):
     return Unstacked(tensor, spec) if tensor.dtype == tf.variant else tensor
 
 
-def stacked(sequence, like):
-    """Stacks a sequence that `unstacked` returns.
+def between(sequence, start, end, like):
+    """Stacks the timesteps from `start` to before `end` of a sequence.
 
     Args:
-        sequence: The sequence, of tensors (B, F).
-        like: List of tensors; the first one has B rows.
+        sequence: As `unstacked` returns it, of tensors (B, F).
+        start, end: Ints or scalar tensors.
+        like: Tensor of B rows.
     """
     if not isinstance(sequence, Unstacked):
-        return sequence
-    return sequence.stack(tf.shape(like[0])[:1])
+        return sequence[start:end]
+    return sequence.between(start, end, tf.shape(like)[:1])
 
 
 def slice_sizes(batch, least):

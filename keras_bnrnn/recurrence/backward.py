@@ -3,13 +3,15 @@
 The loop contains only the recurrent product and the operations that depend on it. The
 factors of a `StepDerivative` do not depend on the incoming gradient. They are computed
 before the loop, for all timesteps at once; or inside it, if the forward loop kept its
-values by timestep. The gradient of the recurrent kernel is one product after the loop.
+values by timestep. The gradients of the weights are products of many timesteps: of all,
+after the loop, or of a block of timesteps whose gradients are still in the cache.
 """
 
 from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn.recurrence.kept import specs_of_states, specs_of_values
+from keras_bnrnn.recurrence.schedule import timesteps_of_block
 
 
 def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
@@ -31,26 +33,24 @@ def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last)
         of the gradients of `weights.in_loop()`.
     """
     run_loop = _by_step if kept.by_step else _at_once
-    d_projected, d_recurrent, d_states, before, after = run_loop(
+    return run_loop(
         loop, derivative, projected, states, weights, kept, d_sequences, d_last
     )
+
+
+def _of_weights(derivative, weights, d_projected, d_recurrent, before, after):
+    """Returns the dict of the gradients of `weights.in_loop()`, from some timesteps."""
     d_weights = derivative.of_weights(d_recurrent, before, after, weights)
     d_weights["recurrent_kernel"] = backend.transposed_times(
         _flat(weights.dropped(before[0])), _flat(d_recurrent)
     )
     if weights.bias is not None:
         d_weights["bias"] = ops.sum(_flat(d_projected), axis=0)
-    return d_projected, d_states, d_weights
+    return d_weights
 
 
 def _at_once(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
-    """Computes all factors before the loop.
-
-    Returns:
-        The gradients (T, B, G*U) of the input projection and of the recurrent product,
-        the list of the gradients of the first states, and the lists of the states
-        (T, B, U) before and after each step.
-    """
+    """Computes all factors before the loop. The rest is as in `run`."""
     after = kept.states
     before = [
         ops.concatenate([first[None], sequence[:-1]], axis=0)
@@ -81,13 +81,16 @@ def _at_once(loop, derivative, projected, states, weights, kept, d_sequences, d_
         derivative.of_projected(gradient),
         derivative.of_recurrent(gradient),
     )
-    return d_projected, d_recurrent, d_states, before, after
+    d_weights = _of_weights(
+        derivative, weights, d_projected, d_recurrent, before, after
+    )
+    return d_projected, d_states, d_weights
 
 
 def _by_step(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
     """Computes the factors inside the loop, where they stay in the cache.
 
-    The arguments and the returned values are those of `_at_once`.
+    The arguments are those of `run`, and so are the returned values.
     """
     values = [
         backend.unstacked(*pair)
@@ -102,6 +105,7 @@ def _by_step(loop, derivative, projected, states, weights, kept, d_sequences, d_
     # Whether the gradients of projection and recurrent product are the same tensor.
     units, width = weights.recurrent_kernel.shape
     joined = derivative.width(units) == width
+    names = list(weights.in_loop())
 
     def body(carry, elements):
         values_t, before_t = elements[:n], elements[n : n + m]
@@ -113,22 +117,33 @@ def _by_step(loop, derivative, projected, states, weights, kept, d_sequences, d_
         kept = [d_projected] if joined else [d_projected, d_recurrent]
         return [*d_states, *before_t], kept
 
+    def of_block(carry, gradients, start, end):
+        before_s = [
+            backend.between(sequence, start, end, states[0]) for sequence in before
+        ]
+        after_s = [
+            ops.concatenate([sequence[1:], last[None]], axis=0)
+            for sequence, last in zip(before_s, carry[m:], strict=True)
+        ]
+        found = _of_weights(
+            derivative, weights, gradients[0], gradients[-1], before_s, after_s
+        )
+        return [found[name] for name in names]
+
+    timesteps, rows = ops.shape(projected)[:2]
     spec = (states[0].shape[0], width), states[0].dtype
-    carry, gradients = backend.scan(
+    carry, d_projected, sums = backend.scan_blocks(
         body,
         [*d_last, *kept.last],
         [*values, *before, *d_sequences],
         [spec] if joined else [spec, spec],
-        ops.shape(projected)[0],
-        reverse=True,
+        timesteps,
+        timesteps_of_block(rows),
+        [ops.zeros_like(weight) for weight in weights.in_loop().values()],
+        of_block,
         turns=loop.turns,
     )
-    before = [backend.stacked(sequence, states) for sequence in before]
-    after = [
-        ops.concatenate([sequence[1:], last[None]], axis=0)
-        for sequence, last in zip(before, kept.last, strict=True)
-    ]
-    return gradients[0], gradients[-1], carry[:m], before, after
+    return d_projected, carry[:m], dict(zip(names, sums, strict=True))
 
 
 def _added(gradients, incoming):

@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn.recurrence import forward
+from keras_bnrnn.recurrence.schedule import timesteps_of_block
 
 
 def runs_as_block(loop, weights, derivative):
@@ -78,6 +79,7 @@ def run(loop, frames, states, weights, stacks, wants_last):
             list(upstream[:stacks]),
             d_last,
             loop.turns,
+            timesteps_of_block(ops.shape(frames)[1]),
         )
         return gradients if has_bias else gradients[:-1]
 

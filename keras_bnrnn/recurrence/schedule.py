@@ -2,6 +2,8 @@
 
 import typing
 
+from keras import ops
+
 from keras_bnrnn import backend
 
 # In a plain graph, a batch of at least this many rows times units computes factors by
@@ -14,6 +16,11 @@ BY_STEP_FROM = 1024
 # time of one loop. Above, slices take 0.5 to 0.95 of it.
 LEAST_SLICED_ROWS = 8
 LEAST_SLICED_PRODUCT = 2**20
+
+# The number of frames (timesteps times rows) of a block of the backward loop in a plain
+# graph. From 1,024 to 8,192 frames a step takes the same time, within 5 %. Long blocks
+# need more memory, and short ones more turns of the outer loop.
+BLOCK_FRAMES = 2048
 
 
 class Schedule(typing.NamedTuple):
@@ -65,3 +72,12 @@ def rows_of_a_sliced_batch(weights):
     """
     units, width = weights.recurrent_kernel.shape
     return max(LEAST_SLICED_ROWS, -(-LEAST_SLICED_PRODUCT // (units * width)))
+
+
+def timesteps_of_block(rows):
+    """Returns the number of timesteps of a block of the backward loop.
+
+    Args:
+        rows: The number of rows, an int or a tensor.
+    """
+    return ops.maximum(BLOCK_FRAMES // ops.maximum(rows, 1), 1)

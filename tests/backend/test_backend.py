@@ -40,6 +40,51 @@ def test_scan_equals_numpy(options, reverse, rng):
     assert gap(stacked, expected) <= 1e-15
 
 
+@pytest.mark.parametrize("block", [1, 2, 5, 9])
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_scan_blocks_equals_numpy(mode, block, rng):
+    x, start = rng.normal(size=(5, 3, 2)), rng.normal(size=(3, 2))
+
+    def body(carry, elements):
+        (c,), (x_t,) = carry, elements
+        return [0.5 * c + x_t], [c * x_t, c]
+
+    def of_block(carry, stacks, start, end):
+        # The carry of a block is what its last timestep reads.
+        from_start = tf.reduce_sum(tf.abs(carry[0] - stacks[1][-1]))
+        return [
+            tf.reduce_sum(stacks[0] * backend.between(tensor, start, end, carry[0])),
+            from_start,
+        ]
+
+    def run(x):
+        nonlocal tensor
+        tensor = x
+        return backend.scan_blocks(
+            body,
+            [tf.constant(start)],
+            [x],
+            [((3, 2), "float64")] * 2,
+            5,
+            block,
+            [tf.constant(10.0, tf.float64), tf.constant(0.0, tf.float64)],
+            of_block,
+        )
+
+    tensor = None
+    if mode != "eager":
+        run = tf.function(run, jit_compile=mode == "xla", autograph=False)
+    (last,), stacked, (total, from_start) = run(tf.constant(x))
+    carry, expected = start, np.zeros_like(x)
+    for t in reversed(range(5)):
+        expected[t] = carry * x[t]
+        carry = 0.5 * carry + x[t]
+    assert gap(last, carry) <= 1e-15
+    assert gap(stacked, expected) <= 1e-15
+    assert gap(total, 10 + np.sum(expected * x)) <= 1e-13
+    assert from_start == 0
+
+
 def test_scan_can_be_differentiated(rng):
     x = tf.constant(rng.normal(size=(4, 3)))
     with tf.GradientTape() as tape:
