@@ -179,7 +179,19 @@ def scan_blocks(
         run_block,
         (blocks - 1, tuple(carry), tuple(sums), array),
     )
-    return list(carry), array.concat(), list(sums)
+    shape, dtype = specs[0]
+    rows = tf.shape(carry[0])[0]
+    stack = tf.raw_ops.TensorListConcatV2(
+        input_handle=array.flow,
+        # In full: there is no turn, and no shape to read, without rows.
+        element_shape=tf.stack([-1, rows, *shape[1:]]),
+        leading_dims=tf.zeros([0], tf.int64),
+        element_dtype=dtype,
+    ).tensor
+    known = length if isinstance(length, int) else None
+    if turns is not None:
+        stack = tf.reshape(stack, [length, rows, *shape[1:]])
+    return list(carry), tf.ensure_shape(stack, (known, *shape)), list(sums)
 
 
 def _added(sums, terms):
