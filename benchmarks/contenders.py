@@ -215,6 +215,61 @@ def fitted_whole(name, which, jit_compile):
     return epoch_of(keras.Sequential(layers), x, y, whole.batch, jit_compile)
 
 
+VARYING_LENGTHS = [52 + 6 * i for i in range(16)]  # as many frames as 16 times 97
+
+
+def varying(name, kind, changes):
+    """An epoch of `fit` over batches of 64 rows, of one length or of 16 lengths.
+
+    Args:
+        name: `"bn"` or `"keras"`.
+        kind: `"lstm"` or `"gru"`.
+        changes: Whether the length changes with every batch. The number of frames of an
+            epoch is the same.
+
+    Returns:
+        A function that trains one epoch and returns its seconds.
+    """
+    import tensorflow as tf
+
+    lengths = VARYING_LENGTHS
+    if not changes:
+        lengths = [sum(lengths) // len(lengths)] * len(lengths)
+    rng = np.random.default_rng(1)
+    order = rng.permutation(len(lengths))
+    batches = [
+        (frames((64, lengths[i], 64), seed=i), rng.integers(0, 10, 64)) for i in order
+    ]
+    spec = (tf.TensorSpec((64, None, 64)), tf.TensorSpec((64,), tf.int64))
+    data = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
+    model = keras.Sequential(
+        [
+            keras.Input((None, 64)),
+            KINDS[kind][0 if name == "bn" else 1](64),
+            keras.layers.Dense(10),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+
+    def epoch():
+        start = time.perf_counter()
+        model.fit(data, verbose=0)
+        return time.perf_counter() - start
+
+    return epoch
+
+
+def predicted(name, shape, kind):
+    """`predict` over 16 batches, of a model that does not know the batch size."""
+    batch, timesteps, width, _ = shape
+    x = frames((batch * FIT_STEPS, timesteps, width))
+    model = keras.Sequential(
+        [keras.Input((timesteps, width)), layer(name, shape, kind)]
+    )
+    return lambda: model.predict(x, batch_size=batch, verbose=0)
+
+
 def stack(name, shape=(24, 300, 123, 250), depth=5):
     """A deep bidirectional LSTM, as the paper's for speech."""
     batch, timesteps, width, units = shape
@@ -284,11 +339,15 @@ class TorchLSTM:
 
     There its threads do not meet those of TensorFlow: it works when called, and
     waits otherwise.
+
+    Args:
+        shape: (B, T, D, U).
+        python: The interpreter, one that has torch. Default: the one in use.
     """
 
-    def __init__(self, shape):
+    def __init__(self, shape, python=sys.executable):
         self.process = subprocess.Popen(
-            [sys.executable, os.path.join(os.path.dirname(__file__), "torch_lstm.py")],
+            [python, os.path.join(os.path.dirname(__file__), "torch_lstm.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

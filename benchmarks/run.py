@@ -31,7 +31,7 @@ def geometric_mean(values):
 # Parts. Each returns a JSON-able dict.
 
 
-def measure_steps(build, shapes, names, seconds, torch_too=False, kind="lstm"):
+def measure_steps(build, shapes, names, seconds, torch_python=None, kind="lstm"):
     """Times of each contender, by shape, name and mode: [median, low, high]."""
     import contenders
     import timing
@@ -44,8 +44,8 @@ def measure_steps(build, shapes, names, seconds, torch_too=False, kind="lstm"):
                 model = contenders.model(name, shape, kind, mode)
                 x = contenders.frames(shape)
                 functions[f"{name}/{mode}"] = build(model, x, mode)
-        if torch_too:
-            torch = contenders.TorchLSTM(shape)
+        if torch_python:
+            torch = contenders.TorchLSTM(shape, torch_python)
             functions["torch/eager"] = torch
         times = timing.alternate(functions, seconds)
         if torch is not None:
@@ -59,12 +59,20 @@ def brief(times):
     return ", ".join(f"{k} {t[0] * 1e3:.1f}" for k, t in times.items())
 
 
+def python_with_torch(arguments):
+    """The interpreter that has torch, or `None`."""
+    if arguments.torch_python:
+        return arguments.torch_python
+    if importlib.util.find_spec("torch") is not None:
+        return sys.executable
+    print("No torch here: give --torch-python to measure torch.nn.LSTM too.")
+    return None
+
+
 def training(arguments):
     import contenders
 
-    has_torch = importlib.util.find_spec("torch") is not None
-    if not has_torch:
-        print("No torch here: `pip install torch` to measure torch.nn.LSTM too.")
+    torch_python = python_with_torch(arguments)
     names = ["bn", "bn off", "bn frame", "keras", "keras bn"]
     result = {
         "lstm": measure_steps(
@@ -72,7 +80,7 @@ def training(arguments):
             contenders.SHAPES,
             names,
             arguments.seconds,
-            torch_too=has_torch,
+            torch_python=torch_python,
         )
     }
     for kind in ("gru", "simple_rnn"):
@@ -160,6 +168,60 @@ def grid(arguments):
     return results
 
 
+def grid_of_torch(arguments):
+    """Training steps of the LSTM against `torch.nn.LSTM`, by batch size and units."""
+    import contenders
+    import keras
+
+    python = python_with_torch(arguments)
+    results = []
+    for shape in contenders.GRID if python else []:
+        keras.backend.clear_session()
+        results += measure_steps(
+            contenders.training_step, [shape], ["bn"], arguments.seconds / 10, python
+        )
+    return {"lstm": results}
+
+
+def varying(arguments):
+    """Epochs of `fit` whose length changes with every batch, and whose does not."""
+    import contenders
+    import timing
+
+    functions = {
+        f"{name} {kind}/{'varying' if changes else 'fixed'}": contenders.varying(
+            name, kind, changes
+        )
+        for kind in ("lstm", "gru")
+        for name in ("bn", "keras")
+        for changes in (True, False)
+    }
+    times = timing.alternate(functions, arguments.seconds * 2)
+    print("varying", brief(times), flush=True)
+    return times
+
+
+def predict(arguments):
+    """`predict` of one layer, with a batch size that the model does not know."""
+    import contenders
+    import keras
+    import timing
+
+    results = {}
+    for kind in ("lstm", "gru"):
+        results[kind] = []
+        for shape in contenders.GRID:
+            keras.backend.clear_session()
+            functions = {
+                f"{name}/default": contenders.predicted(name, shape, kind)
+                for name in ("bn", "keras")
+            }
+            times = timing.alternate(functions, arguments.seconds / 10, least=5)
+            results[kind].append({"shape": shape, "times": times})
+            print("predict", kind, shape, brief(times), flush=True)
+    return results
+
+
 def inference(arguments):
     import contenders
 
@@ -225,8 +287,14 @@ def workers(measure, shapes, names, repeats, modes):
 def memory(arguments):
     import contenders
 
-    shapes, modes = contenders.SHAPES, contenders.MODES
-    return {"lstm": workers("memory", shapes, ["bn", "keras"], 1, modes)}
+    names, modes = ["bn", "keras"], contenders.MODES
+    return {
+        "lstm": workers("memory", contenders.SHAPES, names, 1, modes),
+        "large batch": workers("memory", MEMORY_SHAPES, names, 3, ["graph"]),
+    }
+
+
+MEMORY_SHAPES = [(256, 100, 64, 64), (256, 1000, 64, 64)]
 
 
 def compiling(arguments):
@@ -273,6 +341,9 @@ def gpu(arguments):
 PARTS = {
     "models": models,
     "grid": grid,
+    "torch": grid_of_torch,
+    "varying": varying,
+    "predict": predict,
     "fit": fit,
     "training": training,
     "inference": inference,
@@ -360,6 +431,30 @@ def targets(data):
             0.85,
             1.0,
         )
+    if "torch" in data:
+        add(
+            "Grid, training / torch.nn.LSTM",
+            ratios(data["torch"]["lstm"], "bn", "torch"),
+            1.2,
+        )
+    if "varying" in data:
+        times = data["varying"]
+        add(
+            "`fit`, T changes with every batch / a fixed T: LSTM, GRU",
+            [
+                times[f"bn {kind}/varying"][0] / times[f"bn {kind}/fixed"][0]
+                for kind in ("lstm", "gru")
+            ],
+            each=1.1,
+        )
+    if "predict" in data:
+        steps = [r for of in data["predict"].values() for r in of]
+        add(
+            "Grid, `predict`, any batch size / keras",
+            ratios(steps, "bn", "keras"),
+            0.85,
+            1.0,
+        )
     if "training" in data:
         lstm = data["training"]["lstm"]
         add(
@@ -404,6 +499,14 @@ def targets(data):
             of_workers(data["memory"]["lstm"], "process_bytes", "bn", "keras"),
             each=1.1,
         )
+        if "large batch" in data["memory"]:
+            add(
+                "The same in a graph, batch 256, 64 units, T 100 and 1,000",
+                of_workers(
+                    data["memory"]["large batch"], "process_bytes", "bn", "keras"
+                ),
+                each=1.0,
+            )
     if "compiling" in data:
         found = data["compiling"]["lstm"]
         of_xla = [
@@ -517,17 +620,15 @@ def report(data):
         for kind, results in data.get(part, {}).items():
             lines += [f"## {title}: {kind}", "", times_table(results), ""]
     if "memory" in data:
-        rows = [["B, T, D, U", *data["memory"]["lstm"][0]["found"]]]
-        for result in data["memory"]["lstm"]:
-            rows.append(
-                [
-                    ", ".join(map(str, result["shape"])),
-                    *(
-                        f"{v['process_bytes'] / 2**20:.0f} ({v['bytes'] / 2**20:.0f})"
-                        for v in result["found"].values()
-                    ),
-                ]
-            )
+        names = list(data["memory"]["lstm"][0]["found"])
+        rows = [["B, T, D, U", *names]]
+        for result in [r for of in data["memory"].values() for r in of]:
+            cells = [", ".join(map(str, result["shape"]))]
+            for name in names:
+                found = result["found"].get(name, {})
+                mib = [found[f] / 2**20 for f in ("process_bytes", "bytes") if found]
+                cells.append("{:.0f} ({:.0f})".format(*mib) if mib else "")
+            rows.append(cells)
         lines += [
             "## Memory",
             "",
@@ -637,6 +738,15 @@ def grid_section(data):
                             *(f"{r:.2f}" for r in found),
                         ]
                     )
+    for part, title, peer in (
+        ("predict", "`predict`, any batch size", "keras"),
+        ("torch", "training / torch.nn.LSTM, best", "torch"),
+    ):
+        for kind, results in data.get(part, {}).items():
+            for units in sorted({r["shape"][-1] for r in results}):
+                some = [r for r in results if r["shape"][-1] == units]
+                found = ratios(some, "bn", peer)
+                rows.append([f"{title}, {kind}", units, *(f"{r:.2f}" for r in found)])
     return [*lines, table(rows), ""]
 
 
@@ -799,6 +909,11 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument(
         "--seconds", type=float, default=30.0, help="per shape (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--torch-python",
+        help="a Python interpreter with torch, to measure torch.nn.LSTM too (default: "
+        "this one, if it has torch)",
     )
     parser.add_argument(
         "--output-dir",
