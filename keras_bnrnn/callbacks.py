@@ -263,7 +263,7 @@ def _check_batch(batch):
     """Raises an error unless a batch consists of arrays."""
     x = batch
     if isinstance(batch, tuple):
-        x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        x = batch[0] if 1 <= len(batch) <= 3 else ()
     leaves = keras.tree.flatten(x)
     if not leaves or not all(is_array(leaf) for leaf in leaves):
         kinds = sorted({type(leaf).__name__ for leaf in leaves})

@@ -51,47 +51,50 @@ class Probe:
                 "`model` has no batch-normalised layer to monitor. "
                 f"Received: model={model.name!r}"
             )
+        # A layer that was never built is never called.
         names = numbered(target.name for target in self._targets)
-        sums = [_Sums(target, margin) for target in self._targets]
         self._sums = {
-            id(target): one for target, one in zip(self._targets, sums, strict=True)
+            id(target): _Sums(name, target, margin)
+            for name, target in zip(names, self._targets, strict=True)
+            if target.norm.built
         }
-        with self._unchanged(), self._listening():
+        self._called = []  # in the order of the first calls
+
+        def run(x):
             # Returns nothing, so the layers above the targets are not computed.
-            self._run = backend.compiled(
-                lambda x: self._model(x, training=False) and None,
-                self._x,
-                lambda rank: (),
-            )
+            model(x, training=False)
+
+        with self._unchanged(), self._listening():
+            self._run = backend.compiled(run, self._x, lambda rank: ())
             self._run(self._x)
-        self._named = {n: s for n, s in zip(names, sums, strict=True) if s.called}
-        self.silent = [n for n in names if n not in self._named]
-        self.unmeasured = {n: s.reason for n, s in self._named.items() if s.reason}
-        for name, one in self._named.items():
-            one.require_usable(name)
+        self.silent = [n for n in names if n not in {s.name for s in self._called}]
+        self.unmeasured = {s.name: s.reason for s in self._called if s.reason}
+        for one in self._called:
+            one.require_usable()
 
     def __call__(self):
         """Returns a dict from the name of each layer to its measurements.
 
         The measurements are those of `NormalizationMonitor.history`.
         """
-        for one in self._named.values():
+        for one in self._called:
             one.reset()
         with self._unchanged(), self._listening():
             self._run(self._x)
-        return {name: one.measurements() for name, one in self._named.items()}
+        return {one.name: one.measurements() for one in self._called}
 
     def gammas(self):
         """Returns a dict from the name of each layer with a gamma to its array (F,)."""
         return {
-            name: one.gamma()
-            for name, one in self._named.items()
-            if one.norm.gamma is not None
+            one.name: one.gamma() for one in self._called if one.norm.gamma is not None
         }
 
     def _listening(self):
         def heard(target, inputs, initial_state, mask):
-            self._sums[id(target)].add(target, inputs, initial_state, mask)
+            one = self._sums[id(target)]
+            if one not in self._called:
+                self._called.append(one)
+            one.add(inputs, initial_state, mask)
 
         return listening(self._targets, heard)
 
@@ -125,20 +128,21 @@ class _Sums:
     They are float64 variables, which calls inside loops of a graph can also add to.
 
     Args:
+        name: The name of the target in measurements.
         target: `Target`.
         margin: As for `NormalizationMonitor`.
 
     Attributes:
+        name: As given.
         norm: The `SequenceBatchNorm`.
-        called: Whether the layer was called. Default: `False`.
         reason: str, why gates are not measured. `None` (default): all are.
     """
 
-    def __init__(self, target, margin):
+    def __init__(self, name, target, margin):
+        self.name = name
         self.norm = target.norm
-        self.called = False
         self.reason = None
-        self._frame_wise = target.frame_wise
+        self._target = target
         self._margin = margin
         self._bounds = self._find_bounds(target.cell)
         (features,) = self.norm.moving_mean.shape
@@ -178,9 +182,9 @@ class _Sums:
         for variable in self._variables.values():
             variable.assign(ops.zeros_like(variable))
 
-    def add(self, target, inputs, initial_state, mask):
+    def add(self, inputs, initial_state, mask):
         """Adds a call of the layer."""
-        self.called = True
+        target = self._target
         self._add_gaps(*target.pre_activations(inputs, initial_state, mask))
         if self._bounds:
             try:
@@ -193,7 +197,7 @@ class _Sums:
 
     def _add_gaps(self, x, valid):
         axes = tuple(range(len(x.shape) - 1))
-        if self._frame_wise:
+        if self._target.frame_wise:
             axes = axes[1:]
         features = x.shape[-1]
         mean, variance, count = stats.masked_moments(x, valid, axes)
@@ -225,10 +229,9 @@ class _Sums:
         if valid is not None:
             weights = weights * ops.cast(valid, "float64")[..., None]
         for name, is_outside in outside.items():
-            # A value that is not a number is not inside either: the share is NaN.
-            counted = ops.where(
-                ops.isnan(values), values, ops.cast(is_outside, "float64")
-            )
+            # If a value is NaN, so is the share.
+            counted = ops.cast(is_outside, "float64")
+            counted = ops.where(ops.isnan(values), values, counted)
             counted = ops.where(weights > 0, counted, 0.0)
             self._accumulate(name, ops.sum(counted, axis=(0, 1, 3)))
         self._accumulate("gate_values", ops.sum(weights[:, :, :1], axis=(0, 1, 3)))
@@ -265,23 +268,24 @@ class _Sums:
                 found[f"saturated/{gate}/high"] = float(of_high)
         return found
 
-    def require_usable(self, name):
-        """Raises an error if the batch tells nothing of the layer of this name."""
+    def require_usable(self):
+        """Raises an error if the batch tells nothing of the layer."""
         if self._value("frames") == 0:
             raise ValueError(
-                f"`batch` must have a valid frame for layer {name!r}. "
+                f"`batch` must have a valid frame for layer {self.name!r}. "
                 "Received: a batch that is masked throughout"
             )
-        if self._frame_wise and self._value("largest_group") < 2:
+        if self._target.frame_wise and self._value("largest_group") < 2:
             raise ValueError(
                 "`batch` must have more than one row: the statistics of layer "
-                f"{name!r} are frame-wise, over the rows at each timestep. "
+                f"{self.name!r} are frame-wise, over the rows at each timestep. "
                 "Received: a batch with a single row at each timestep"
             )
         gaps = [self._value("mean_gap"), self._value("variance_gap")]
         if not np.isfinite(gaps).all():
             raise ValueError(
                 "`batch` must be finite in its valid frames, and so must what the "
-                f"layers make of it. Received: a batch for which layer {name!r} is "
-                "given NaN, infinity or numbers too large to be squared"
+                "layers make of it. Received: a batch for which layer "
+                f"{self.name!r} is given NaN, infinity or numbers too large to be "
+                "squared"
             )
