@@ -69,7 +69,8 @@ def plot_normalization(callback: NormalizationMonitor) -> "Figure":
     Two panels have the gaps between the statistics of the batch and the population
     statistics, with a logarithmic axis: a line for the mean over the features, and a
     band up to the largest. One panel has gamma: its mean, and a band from the smallest
-    to the largest. Then each gate has a panel. Each layer has a colour.
+    to the largest. Then each gate has a panel. Each layer has a colour. With more than
+    seven layers there are no bands.
 
     Args:
         callback: A `NormalizationMonitor` that has acted in a call of `fit`.
@@ -121,9 +122,10 @@ def plot_normalization(callback: NormalizationMonitor) -> "Figure":
             epochs, bottom = _series(records, layer, f"{key}/{least}")
             _, top = _series(records, layer, f"{key}/max")
             colour = style["color"]
-            axes.fill_between(
-                epochs, bottom, top, color=colour, alpha=0.12, linewidth=0
-            )
+            if len(layers) <= len(COLOURS):  # bands of more layers hide each other
+                axes.fill_between(
+                    epochs, bottom, top, color=colour, alpha=0.12, linewidth=0
+                )
             axes.plot(*_series(records, layer, f"{key}/mean"), **style)
         if key != "gamma":
             _use_log_scale(axes)
@@ -208,9 +210,16 @@ def _prepare(records, count):
 
 def _use_log_scale(axes):
     """Sets a logarithmic axis, unless no value is above 0."""
+    from matplotlib.ticker import LogFormatter
+
     values = [value for line in axes.lines for value in line.get_ydata()]
     if any(value > 0 for value in values):
         axes.set_yscale("log", nonpositive="mask")
+        for axis_formatter in (
+            axes.yaxis.set_major_formatter,
+            axes.yaxis.set_minor_formatter,
+        ):
+            axis_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _label(axes, title, label):
@@ -219,7 +228,7 @@ def _label(axes, title, label):
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("epoch", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
