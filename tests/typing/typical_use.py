@@ -65,7 +65,6 @@ def mistakes() -> None:
     SequenceBatchNorm(population="timestep")  # type: ignore[arg-type]
     export_saved_model(build(), "m", quantize="int8")  # type: ignore[arg-type]
     NormalizationMonitor(np.ones((2, 3, 4)), margin="5 %")  # type: ignore[arg-type]
-    plot_recalibration(NormalizationMonitor([]))  # type: ignore[arg-type]
     ModelServer({"m": "m"}, versions="newest")  # type: ignore[arg-type]
     keras_bnrnn.export_onyx  # type: ignore[attr-defined]  # noqa: B018
 
