@@ -210,16 +210,14 @@ def _prepare(records, count):
 
 def _use_log_scale(axes):
     """Sets a logarithmic axis, unless no value is above 0."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     values = [value for line in axes.lines for value in line.get_ydata()]
     if any(value > 0 for value in values):
         axes.set_yscale("log", nonpositive="mask")
-        for axis_formatter in (
-            axes.yaxis.set_major_formatter,
-            axes.yaxis.set_minor_formatter,
-        ):
-            axis_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _label(axes, title, label):

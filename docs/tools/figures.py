@@ -123,7 +123,7 @@ def monitoring(path):
         names = {}
         exec(compile(program, "docs/monitoring.md", "exec"), names)
     figure = names["plot_normalization"](names["monitor"])
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
 def save(figure, path):
@@ -136,7 +136,7 @@ FIGURES = {
     "statistics.svg": statistics,
     "compaction.svg": compaction,
     "moving_average.svg": moving_average,
-    "monitoring.svg": monitoring,
+    "monitoring.png": monitoring,
 }
 
 
@@ -146,7 +146,7 @@ def main(argv=None):
         "--output-dir",
         type=pathlib.Path,
         default=FOLDER,
-        help="folder for the SVG files (default %(default)s)",
+        help="folder for the figures (default %(default)s)",
     )
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
