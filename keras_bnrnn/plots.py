@@ -45,7 +45,7 @@ def plot_recalibration(callback: Recalibrate) -> "Figure":
     >>> x = np.random.default_rng(0).normal(size=(64, 10, 8))
     >>> callback = Recalibrate(x)
     >>> history = model.fit(x, np.zeros((64, 4)), callbacks=[callback], verbose=0)
-    >>> [axes.get_title() for axes in plot_recalibration(callback).axes]
+    >>> [axes.get_title("left") for axes in plot_recalibration(callback).axes]
     ['Change of the mean', 'Change of the variance']
     """
     require_extra("plot_recalibration", "plots", ["matplotlib"])
@@ -92,7 +92,7 @@ def plot_normalization(callback: NormalizationMonitor) -> "Figure":
     >>> monitor = NormalizationMonitor(x[:32])
     >>> history = model.fit(x, np.zeros((64, 4)), callbacks=[monitor], verbose=0)
     >>> for axes in plot_normalization(monitor).axes:
-    ...     print(axes.get_title())
+    ...     print(axes.get_title("left"))
     Gap of the mean
     Gap of the variance
     gamma
