@@ -4,7 +4,7 @@ import importlib.metadata
 import typing
 
 from keras_bnrnn.calibration import recalibrate
-from keras_bnrnn.callbacks import Recalibrate
+from keras_bnrnn.callbacks import NormalizationMonitor, Recalibrate
 from keras_bnrnn.folding import fold
 from keras_bnrnn.layers import (
     BNGRU,
@@ -48,6 +48,7 @@ __all__ = [
     "BNLSTMCell",
     "BNSimpleRNN",
     "BNSimpleRNNCell",
+    "NormalizationMonitor",
     "Recalibrate",
     "SequenceBatchNorm",
     "export_saved_model",

@@ -1,7 +1,6 @@
 """Defines `recalibrate`, which computes exact population statistics of a data set."""
 
 import contextlib
-import inspect
 import itertools
 import numbers
 import typing
@@ -13,13 +12,16 @@ from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn import statistics as stats
-from keras_bnrnn.layers.cell import BNCell
-from keras_bnrnn.layers.rnn import BNRNN
-from keras_bnrnn.sequence_batch_norm import (
-    SequenceBatchNorm,
-    warn_of_nonfinite_batches,
+from keras_bnrnn.sequence_batch_norm import warn_of_nonfinite_batches
+from keras_bnrnn.targets import (
+    find_targets,
+    inputs_of,
+    is_array,
+    listening,
+    state_variables,
+    unchanged_states,
 )
-from keras_bnrnn.traversal import numbered, sublayers
+from keras_bnrnn.traversal import numbered
 
 # Statistics that depend on themselves are recomputed for at most this many passes,
 # until a pass moves them by less than `SETTLED` standard deviations.
@@ -82,7 +84,7 @@ def recalibrate(
         raise ValueError(
             f"`model` must be a built `keras.Model`. Received: model={model!r}"
         )
-    targets = _find_targets(model)
+    targets = find_targets(model)
     if not targets:
         raise ValueError(
             "`model` has no batch-normalised layer to recalibrate. "
@@ -91,7 +93,7 @@ def recalibrate(
     batches = _Batches(model, data, steps, batch_size)
     warn_of_nonfinite_batches(target.norm for target in targets)
     before = [target.statistics() for target in targets]
-    with _unchanged_states(model), _unchanged_on_error(targets):
+    with unchanged_states(model), _unchanged_on_error(targets):
         groups = _in_order_of_calls(model, targets, batches.first())
         for number, group in enumerate(groups, start=1):
             _recalibrate_group(
@@ -122,103 +124,12 @@ def population_statistics(model, norms, data, steps, batch_size, verbose):
     """
     batches = _Batches(model, data, steps, batch_size)
     batches.first()
-    by_norm = {id(target.norm): target for target in _find_targets(model)}
+    by_norm = {id(target.norm): target for target in find_targets(model)}
     targets = [by_norm[id(norm)] for norm in norms]
     if verbose:
         print(f"Calibrating {', '.join(target.name for target in targets)}")
-    with _unchanged_states(model):
+    with unchanged_states(model):
         return _reader(model, targets, batches, verbose)()
-
-
-class _Target:
-    """A `SequenceBatchNorm` and the layer whose calls determine its inputs.
-
-    Args:
-        name: The name of the target in reports and messages.
-        norm: The `SequenceBatchNorm`.
-        layer: The layer whose calls are recorded.
-        pre_activations: Function `(inputs, initial_state, mask)` that returns the
-            inputs of `norm`, a float64 tensor of shape (B, T, ..., F), and their mask.
-        recursive: Whether the pre-activations depend on the statistics of `norm`.
-            Default: `False`.
-    """
-
-    def __init__(self, name, norm, layer, pre_activations, recursive=False):
-        self.name = name
-        self.norm = norm
-        self.layer = layer
-        self.pre_activations = pre_activations
-        self.recursive = recursive
-        self.calls = []  # ids of the inputs of its calls in one pass
-
-    def statistics(self):
-        variables = (
-            self.norm.moving_mean,
-            self.norm.moving_variance,
-            self.norm.update_count,
-        )
-        return [ops.convert_to_numpy(v).copy() for v in variables]
-
-
-def _find_targets(model):
-    targets, claimed = [], set()
-
-    def add(name, norm, *args, **kwargs):
-        targets.append(_Target(name, norm, *args, **kwargs))
-        claimed.add(id(norm))
-
-    layers = sublayers(model)
-    for layer in layers:
-        if not isinstance(layer, keras.layers.RNN):
-            continue
-        stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
-        cells = layer.cell.cells if stacked else [layer.cell]
-        for index, cell in enumerate(cells):
-            if not isinstance(cell, BNCell):
-                continue
-            cell_name = f"{layer.name}/{cell.name}" if stacked else layer.name
-            for site, norm in cell.norms.items():
-                name = cell_name if len(cell.norms) == 1 else f"{cell_name}/{site}"
-                pre_activations = _cell_pre_activations(layer, cells, index, site)
-                add(name, norm, layer, pre_activations, recursive=site != "input")
-    for layer in layers:
-        if isinstance(layer, BNCell) and not claimed.issuperset(
-            map(id, layer.norms.values())
-        ):
-            raise ValueError(
-                "A normalised cell can be recalibrated in `keras.layers.RNN` or "
-                "`StackedRNNCells` only: elsewhere its timesteps are not known. "
-                f"Received: cell {layer.name!r} in model={model.name!r}"
-            )
-        if isinstance(layer, SequenceBatchNorm) and id(layer) not in claimed:
-            add(layer.name, layer, layer, _norm_pre_activations)
-    return targets
-
-
-def _norm_pre_activations(inputs, initial_state, mask):
-    return ops.cast(inputs, "float64"), mask
-
-
-def _cell_pre_activations(layer, cells, index, site):
-    """Returns the `pre_activations` of a `_Target` at a site of `cells[index]`."""
-
-    def pre_activations(inputs, initial_state, mask):
-        if layer.go_backwards:
-            inputs = ops.flip(inputs, axis=1)
-            mask = None if mask is None else ops.flip(mask, axis=1)
-        if initial_state is None:
-            initial_state = layer.states if layer.stateful else None
-        states = [None] * len(cells)
-        if initial_state is not None:
-            states = list(initial_state) if len(cells) > 1 else [initial_state]
-        for cell, state in zip(cells[:index], states, strict=False):
-            single = BNRNN if isinstance(cell, BNCell) else keras.layers.RNN
-            below = single(cell, return_sequences=True, dtype=cell.dtype_policy)
-            inputs = below(inputs, initial_state=state, mask=mask, training=False)
-        own = BNRNN(cells[index], dtype=cells[index].dtype_policy)
-        return own.pre_activations(site, inputs, states[index], mask)
-
-    return pre_activations
 
 
 class _Batches:
@@ -234,7 +145,7 @@ class _Batches:
                     f"`{name}` must be a positive integer. Received: {name}={number!r}"
                 )
         single = len(getattr(model, "inputs", None) or [None]) == 1
-        if single and isinstance(data, tuple) and data and all(map(_is_array, data)):
+        if single and isinstance(data, tuple) and data and all(map(is_array, data)):
             raise ValueError(
                 "`data` must not be a tuple of arrays, such as (x, y), for a model of "
                 "one input: pass x alone, or a list of batches. "
@@ -276,10 +187,7 @@ class _Batches:
     def __iter__(self):
         count = 0
         for batch in self._read():
-            # If the model has several inputs, a list of as many arrays is x alone.
-            several = isinstance(batch, list) and _is_arrays(self._model, batch)
-            x = batch if several else keras.utils.unpack_x_y_sample_weight(batch)[0]
-            yield keras.tree.map_structure(ops.convert_to_tensor, x)
+            yield inputs_of(self._model, batch)
             count += 1
         self.count = count
 
@@ -301,12 +209,8 @@ def _is_arrays(model, data):
         return True
     if isinstance(data, (list, tuple)):
         inputs = getattr(model, "inputs", None) or [None]
-        return len(inputs) == len(data) > 1 and all(map(_is_array, data))
-    return _is_array(data)
-
-
-def _is_array(value):
-    return isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
+        return len(inputs) == len(data) > 1 and all(map(is_array, data))
+    return is_array(data)
 
 
 def _cut(arrays, batch_size):
@@ -323,28 +227,6 @@ def _cut(arrays, batch_size):
 
 
 @contextlib.contextmanager
-def _unchanged_states(model):
-    """Restores the states of stateful layers."""
-    variables = _state_variables(model)
-    values = [ops.convert_to_numpy(v).copy() for v in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
-
-
-def _state_variables(model):
-    return [
-        state
-        for layer in sublayers(model)
-        if isinstance(layer, keras.layers.RNN) and layer.stateful
-        for state in keras.tree.flatten(layer.states)
-        if state is not None
-    ]
-
-
-@contextlib.contextmanager
 def _unchanged_on_error(targets):
     before = [target.statistics() for target in targets]
     try:
@@ -355,41 +237,6 @@ def _unchanged_on_error(targets):
             target.norm.moving_variance.assign(variance)
             target.norm.update_count.assign(count)
         raise
-
-
-@contextlib.contextmanager
-def _listening(targets, heard):
-    """Calls `heard(target, inputs, initial_state, mask)` when its layer is called."""
-    layers = {id(target.layer): target.layer for target in targets}
-    own_calls = {key: vars(layer).get("call") for key, layer in layers.items()}
-
-    def listener(layer):
-        call = layer.call
-        signature = inspect.signature(call)
-
-        def listen(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs).arguments
-            inputs = next(iter(bound.values()))
-            mask = bound.get("mask")
-            if mask is not None:
-                mask = keras.tree.flatten(mask)[0]
-            for target in targets:
-                if target.layer is layer:
-                    heard(target, inputs, bound.get("initial_state"), mask)
-            return call(*args, **kwargs)
-
-        return listen
-
-    try:
-        for layer in layers.values():
-            layer.call = listener(layer)
-        yield
-    finally:
-        for key, layer in layers.items():
-            if own_calls[key] is None:
-                vars(layer).pop("call", None)
-            else:
-                layer.call = own_calls[key]
 
 
 def _in_order_of_calls(model, targets, x):
@@ -407,7 +254,7 @@ def _in_order_of_calls(model, targets, x):
         if target not in order:
             order.append(target)
 
-    with _listening(targets, heard):
+    with listening(targets, heard):
         model(x, training=False)
     unheard = [target.name for target in targets if target not in order]
     if unheard:
@@ -485,12 +332,12 @@ def _reader(model, targets, batches, verbose):
     compiled = []
 
     def one_pass():
-        for variable in _state_variables(model):
+        for variable in state_variables(model):
             variable.assign(ops.zeros_like(variable))
         for moments in sums.values():
             moments.reset()
         bar = keras.utils.Progbar(batches.count, verbose=verbose, unit_name="batch")
-        with _listening(targets, heard):
+        with listening(targets, heard):
             for number, x in enumerate(batches, start=1):
                 if not compiled:
                     compiled.append(backend.compiled(run, x, _open_axes(model)))
@@ -542,11 +389,7 @@ class _RunningMoments:
         """Returns count (1,), mean (F,) and variance (F,) as arrays."""
         return [ops.convert_to_numpy(v) for v in self.variables]
 
-    def add(self, x, mask):
-        valid = None
-        if mask is not None:
-            shape = ops.shape(mask) + (1,) * (len(x.shape) - len(mask.shape))
-            valid = ops.reshape(ops.cast(mask, "bool"), shape)
+    def add(self, x, valid):
         axes = tuple(range(len(x.shape) - 1))
         mean, variance, count = stats.masked_moments(x, valid, axes)
         own = tuple(ops.reshape(v, (-1,)) for v in (mean, variance, count))

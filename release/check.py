@@ -55,6 +55,13 @@ RUNS = {
     "export_litert(model, path + '.tflite')",
     "onnx": f"{MODEL}from keras_bnrnn.export import export_onnx\n"
     "export_onnx(model, path + '.onnx')",
+    "plots": f"{MODEL}import numpy as np\n"
+    "from keras_bnrnn import NormalizationMonitor\n"
+    "from keras_bnrnn.plots import plot_normalization\n"
+    "monitor = NormalizationMonitor(np.ones((8, 5, 3)), log_dir=path)\n"
+    "model.compile('sgd', 'mse')\n"
+    "model.fit(np.ones((8, 5, 3)), np.ones((8, 4)), callbacks=[monitor])\n"
+    "plot_normalization(monitor).savefig(path + '.png')",
     "examples": "import matplotlib, sklearn, tensorboard, tensorflow_text, uvicorn",
     "dev": "import pytest, xdist, nbclient, yaml, mypy, onnx, ai_edge_litert",
 }
@@ -72,6 +79,18 @@ FAILS = {
         statement="from keras_bnrnn.export import export_litert; "
         "export_litert(model, path + '.tflite')",
         expected="keras-bnrnn[litert]",
+    ),
+    "plots": "import numpy as np\n"
+    + MISSING.format(
+        statement="from keras_bnrnn import NormalizationMonitor; "
+        "NormalizationMonitor(np.ones((8, 5, 3)), log_dir='logs')",
+        expected="keras-bnrnn[plots]",
+    )
+    + "from keras_bnrnn import Recalibrate\n"
+    + MISSING.format(
+        statement="from keras_bnrnn.plots import plot_recalibration; "
+        "plot_recalibration(Recalibrate(np.ones((8, 5, 3))))",
+        expected="keras-bnrnn[plots]",
     ),
     "onnx": MODEL
     + MISSING.format(

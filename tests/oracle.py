@@ -214,6 +214,100 @@ def pooled_moments(z, mask):
     return mean, ((frames - mean) ** 2).mean(axis=0)
 
 
+def gates_of_rows(
+    kind, x, mask, weights, *, normalize="input", epsilon=1e-3, go_backwards=False
+):
+    """Computes gates with the moving statistics, one sequence and frame at a time.
+
+    Args:
+        kind, x, mask, weights, normalize, epsilon, go_backwards: as in
+            `rnn_inference`; a GRU is one with `reset_after`.
+
+    Returns:
+        A dict from each gate to its values (frames, U), of the valid frames of all
+        rows; and a list with, for each row, what is normalised: (frames, G*U), the
+        valid frames in processing order.
+    """
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    units = w["recurrent_kernel"].shape[0]
+    names = {"simple_rnn": "h", "lstm": "ifco", "gru": "zrh"}[kind]
+    values, rows = {name: [] for name in names}, []
+
+    def normed(a, part=slice(None)):
+        spread = np.sqrt(w["moving_variance"][part] + epsilon)
+        standard = (a - w["moving_mean"][part]) / spread
+        return w["gamma"][part] * standard + w["beta"][part]
+
+    def sigmoid(a):
+        return 1.0 / (1.0 + np.exp(-a))
+
+    joint = normalize == "joint"
+    for frames, valid in zip(np.asarray(x, np.float64), mask, strict=True):
+        frames = frames[valid][::-1] if go_backwards else frames[valid]
+        h, c, row = np.zeros(units), np.zeros(units), []
+        for frame in frames:
+            wx, uh = w["kernel"].T @ frame, w["recurrent_kernel"].T @ h
+            if kind == "gru":
+                uh = uh + w.get("recurrent_bias", np.zeros(3 * units))
+                first, last = slice(0, 2 * units), slice(2 * units, None)
+                sums = wx + uh
+                a = normed(sums)[first] if joint else normed(wx)[first] + uh[first]
+                z, r = np.split(sigmoid(a), 2)
+                sums[last] = wx[last] + r * uh[last]
+                a = normed(sums)[last] if joint else normed(wx)[last] + r * uh[last]
+                found = z, r, np.tanh(a)
+                h = z * h + (1.0 - z) * found[2]
+            else:
+                sums = wx + uh
+                a = normed(sums) if joint else normed(wx) + uh
+            if kind == "simple_rnn":
+                h = np.tanh(a)
+                found = (h,)
+            if kind == "lstm":
+                a_i, a_f, a_c, a_o = np.split(a, 4)
+                p_i, p_f, p_o = w.get("peephole", np.zeros((3, units)))
+                i, f = sigmoid(a_i + p_i * c), sigmoid(a_f + p_f * c)
+                candidate = np.tanh(a_c)
+                c = f * c + i * candidate
+                o = sigmoid(a_o + p_o * c)
+                found = i, f, candidate, o
+                h = o * np.tanh(c)
+            row.append(sums if joint else wx)
+            for name, value in zip(names, found, strict=True):
+                values[name].append(value)
+        rows.append(np.reshape(row, (-1, len(w["gamma"]))))
+    return {name: np.array(value) for name, value in values.items()}, rows
+
+
+def gaps(rows, mean, variance, *, frame_wise=False, epsilon=1e-3):
+    """Computes the gaps between the statistics of a batch and given ones.
+
+    Args:
+        rows: list of arrays (frames, F), the valid frames of each row.
+        mean, variance: arrays (F,), the population statistics.
+        frame_wise: bool, whether the t-th frames of all rows form a group each. Else
+            all frames are one group.
+        epsilon: float, added to the variances.
+
+    Returns:
+        Two arrays (F,), the means over all frames of the gaps of their groups: of the
+        mean in standard deviations, and the absolute logarithm of the variance ratio.
+    """
+    groups = [np.concatenate(rows)]
+    if frame_wise:
+        longest = max(map(len, rows))
+        groups = [
+            np.array([row[t] for row in rows if t < len(row)]) for t in range(longest)
+        ]
+    of_means, of_variances = [], []
+    for group in groups:
+        of_mean = np.abs(group.mean(axis=0) - mean) / np.sqrt(variance + epsilon)
+        ratio = (group.var(axis=0) + epsilon) / (variance + epsilon)
+        of_means += [of_mean] * len(group)
+        of_variances += [np.abs(np.log(ratio))] * len(group)
+    return np.mean(of_means, axis=0), np.mean(of_variances, axis=0)
+
+
 def _check(kind, weights, normalize, statistics, reset_after):
     """Rejects what the oracle would otherwise silently ignore."""
     for name, value, known in (

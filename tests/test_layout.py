@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "keras_bnrnn"
 # From the bottom up. A module imports only what stands before it.
 FLOORS = [
     "types",
+    "extras",
     "statistics",
     "backend",
     "traversal",
@@ -21,8 +22,11 @@ FLOORS = [
     "projection",
     "recurrence",
     "layers",
+    "targets",
     "calibration",
+    "monitoring",
     "callbacks",
+    "plots",
     "folding",
     "normalizing",
     "torch_weights",

@@ -1,11 +1,14 @@
-"""Draws the figures of docs/mathematics.md, in docs/figures/.
+"""Draws the figures of docs/mathematics.md and monitoring.md, in docs/figures/.
 
 The timesteps of the figures come from the package, not from this script.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
+import re
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -112,6 +115,17 @@ def moving_average(path, steps=300):
     save(figure, path)
 
 
+def monitoring(path):
+    """Runs the program of docs/monitoring.md, and draws what it measured."""
+    page = (FOLDER.parent / "monitoring.md").read_text(encoding="utf-8")
+    program = re.search(r"^```python\n(.*?)^```$", page, re.M | re.S)[1]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        names = {}
+        exec(compile(program, "docs/monitoring.md", "exec"), names)
+    figure = names["plot_normalization"](names["monitor"])
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
 def save(figure, path):
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -122,6 +136,7 @@ FIGURES = {
     "statistics.svg": statistics,
     "compaction.svg": compaction,
     "moving_average.svg": moving_average,
+    "monitoring.png": monitoring,
 }
 
 
@@ -131,7 +146,7 @@ def main(argv=None):
         "--output-dir",
         type=pathlib.Path,
         default=FOLDER,
-        help="folder for the SVG files (default %(default)s)",
+        help="folder for the figures (default %(default)s)",
     )
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -103,5 +103,16 @@ def require_positive(value, message):
     pass
 
 
+def summary_writer(folder):
+    raise NotImplementedError(
+        "Event files for TensorBoard are written on the TensorFlow backend of Keras "
+        f"only: pass `log_dir=None`. Received: backend={keras.backend.backend()!r}"
+    )
+
+
+def write_summaries(writer, scalars, histograms, step):
+    summary_writer(None)
+
+
 def graph_of(tensor):
     return None

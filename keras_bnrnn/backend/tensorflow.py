@@ -500,6 +500,28 @@ def require_positive(value, message):
     tf.debugging.assert_positive(value, message)
 
 
+def summary_writer(folder):
+    """Returns a writer of event files for TensorBoard, with the method `close`."""
+    return tf.summary.create_file_writer(os.fspath(folder))
+
+
+def write_summaries(writer, scalars, histograms, step):
+    """Writes values to an event file.
+
+    Args:
+        writer: What `summary_writer` returned.
+        scalars: Dict from tag to number.
+        histograms: Dict from tag to array.
+        step: Int, such as the epoch.
+    """
+    with writer.as_default(step=step):
+        for tag, value in scalars.items():
+            tf.summary.scalar(tag, value)
+        for tag, values in histograms.items():
+            tf.summary.histogram(tag, values)
+    writer.flush()
+
+
 def graph_of(tensor):
     """Returns the graph that a tensor belongs to, or `None` for an eager tensor."""
     return getattr(tensor, "graph", None)

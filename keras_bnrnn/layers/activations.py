@@ -2,15 +2,19 @@
 
 import keras
 
-BOUNDED = (
+# With values in (0, 1) or (-1, 1), of each element alone.
+SIGMOIDS = (
     keras.activations.hard_sigmoid,
-    keras.activations.hard_tanh,
     keras.activations.sigmoid,
-    keras.activations.softmax,
-    keras.activations.softsign,
     keras.activations.sparse_sigmoid,
+)
+TANHS = (
+    keras.activations.hard_tanh,
+    keras.activations.softsign,
     keras.activations.tanh,
 )
+
+BOUNDED = (*SIGMOIDS, *TANHS, keras.activations.softmax)
 
 ELEMENTWISE = (
     keras.activations.celu,
@@ -49,3 +53,11 @@ def elementwise(*activations):
 def bounded(*activations):
     """Returns whether all are known to have values in [-1, 1]."""
     return all(any(a is known for known in BOUNDED) for a in activations)
+
+
+def bounds(activation):
+    """Returns the bounds that an activation saturates at, or `None` if not known."""
+    for known, ends in ((SIGMOIDS, (0.0, 1.0)), (TANHS, (-1.0, 1.0))):
+        if any(activation is a for a in known):
+            return ends
+    return None

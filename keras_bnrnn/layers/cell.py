@@ -45,6 +45,10 @@ class BNCell(TriedCell):
             product. Folding scales their columns like those of the recurrent kernel.
             Default: none.
         reads_ahead: See `recurrence.schedule.Schedule`. Default: `False`.
+        gate_activations: Tuple of pairs, one for each gate in the order of the columns
+            of the kernel: the name of the gate, and the name of the attribute that
+            holds its activation. `NormalizationMonitor` measures the gates with it.
+            `None` (default): the gates are not measured.
 
     Args:
         units: U, a positive integer.
@@ -58,6 +62,7 @@ class BNCell(TriedCell):
     more_weights: tuple[str, ...] = ()
     scaled_with_recurrent: tuple[str, ...] = ()
     reads_ahead: bool = False
+    gate_activations: tuple[tuple[str, str], ...] | None = None
 
     def __init__(self, units: int, **arguments: Any) -> None:
         check_units(units)
@@ -163,6 +168,25 @@ class BNCell(TriedCell):
             The list of new states; the first one is the output.
         """
         raise NotImplementedError
+
+    def gate_pre_activations(
+        self,
+        a: types.Tensor,
+        before: list[types.Tensor],
+        after: list[types.Tensor],
+        weights: Weights,
+    ) -> types.Tensor:
+        """Returns what the activations of `gate_activations` receive, (B, G*U).
+
+        Default: `a`. Override it in a cell that adds terms after normalisation.
+
+        Args:
+            a: Tensor (B, G*U), the results of `norm("joint", ...)` in `step`, in the
+                order of the columns.
+            before, after: Lists of the states (B, U) before and after the step.
+            weights: `Weights`.
+        """
+        return a
 
     def loop_kernel(self, weights: Weights) -> types.Tensor:
         """Returns the tensor (U, ...) by which the time loop multiplies the output."""
@@ -379,6 +403,35 @@ def derivative_of(cell):
 def is_bounded(cell):
     """Returns `cell.is_bounded()`, or `False` if a subclass overrides the equations."""
     return _describes_the_step(cell, "is_bounded") and cell.is_bounded()
+
+
+class GatesError(ValueError):
+    """A cell's declarations do not say how its gates are computed."""
+
+
+def gates_of(cell):
+    """Returns the dict from the name of each gate of a cell to its activation.
+
+    Raises:
+        GatesError: If the cell does not declare its gates, if a subclass overrides
+            `step` or `loop_kernel` but does not declare the gates anew, or if the
+            declaration does not fit the cell.
+    """
+    name = type(cell).__name__
+    declared = cell.gate_activations
+    if declared is None:
+        raise GatesError(f"{name} does not declare `gate_activations`")
+    if not _describes_the_step(cell, "gate_activations"):
+        raise GatesError(
+            f"{name} overrides `step` or `loop_kernel`, but not `gate_activations`"
+        )
+    absent = [a for _, a in declared if not callable(getattr(cell, a, None))]
+    if len(dict(declared)) != cell.gates or absent:
+        raise GatesError(
+            f"`gate_activations` of {name} must name {cell.gates} gates, each with an "
+            f"attribute that holds its activation. Received: {declared}"
+        )
+    return {gate: getattr(cell, attribute) for gate, attribute in declared}
 
 
 def _describes_the_step(cell, method):

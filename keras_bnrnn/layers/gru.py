@@ -78,6 +78,11 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
     fused = "gru"
     more_weights = scaled_with_recurrent = ("recurrent_bias",)
     reads_ahead = True
+    gate_activations = (
+        ("z", "recurrent_activation"),
+        ("r", "recurrent_activation"),
+        ("h", "activation"),
+    )
 
     def __init__(
         self,

@@ -77,6 +77,12 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
     stock_cell = keras.layers.LSTMCell
     fused = "lstm"
     more_weights = ("peephole_kernel",)
+    gate_activations = (
+        ("i", "recurrent_activation"),
+        ("f", "recurrent_activation"),
+        ("c", "activation"),
+        ("o", "recurrent_activation"),
+    )
 
     def __init__(
         self,
@@ -128,6 +134,16 @@ class BNLSTMCell(BNCell, keras.layers.LSTMCell):
     ) -> list[types.Tensor]:
         a = norm("joint", projected + recurrent)  # (B, 4U): i, f, c, o
         return advance(self, a, states, weights.more["peephole_kernel"])
+
+    def gate_pre_activations(
+        self,
+        a: types.Tensor,
+        before: list[types.Tensor],
+        after: list[types.Tensor],
+        weights: Weights,
+    ) -> types.Tensor:
+        peephole = weights.more["peephole_kernel"]
+        return a if peephole is None else a + seen_by_gates(peephole, before, after)
 
     def derivative(self) -> StepDerivative | None:
         closed = elementwise(self.activation, self.recurrent_activation)
@@ -181,6 +197,19 @@ def advance(activations, a, states, peephole):
     if peephole is not None:
         a_o = a_o + p_o * c
     return [gate(a_o) * activations.activation(c), c]
+
+
+def seen_by_gates(peephole, before, after):
+    """Computes the terms (..., 4U) that peepholes add to the pre-activations.
+
+    Args:
+        peephole: Tensor (3, U).
+        before, after: Lists of the states h and c before and after the step.
+    """
+    p_i, p_f, p_o = ops.unstack(peephole, axis=0)
+    (_, c_before), (_, c) = before, after
+    seen = [p_i * c_before, p_f * c_before, ops.zeros_like(c), p_o * c]
+    return ops.concatenate(seen, axis=-1)
 
 
 def tanh_of_gates(a):
@@ -261,8 +290,7 @@ class LSTMDerivative(StepDerivative):
         a, peephole = kept[0], weights.more["peephole_kernel"]
         if peephole is not None:
             p_i, p_f, p_o = ops.unstack(peephole, axis=0)
-            seen = [p_i * c_before, p_f * c_before, ops.zeros_like(c), p_o * c]
-            a = a + ops.concatenate(seen, axis=-1)
+            a = a + seen_by_gates(peephole, before, after)
         (i, f, candidate, o), slopes = self._gates_and_slopes(a)
         tanh_c, tanh_slope = value_and_slope(self.activation, c)
 

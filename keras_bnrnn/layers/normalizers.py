@@ -96,6 +96,31 @@ class PopulationNormalizer(Normalizer):
         return ops.concatenate(self._kept_by_columns(site), axis=-1)
 
 
+class Recorder:
+    """A `norm` function that records pre-activations and changes nothing.
+
+    Args:
+        site: The name of the site whose pre-activations are recorded. The cell need not
+            normalise there.
+        width: Int, the number of columns of the site.
+    """
+
+    def __init__(self, site, width):
+        self._site = site
+        self._width = width
+        self._kept = []
+
+    def __call__(self, site, a, columns=WHOLE):
+        if site == self._site:
+            self._kept.append((columns, a))
+        return a
+
+    def pre_activations(self):
+        """Returns the recorded pre-activations (B, width)."""
+        parts = in_order_of_columns(self._kept, self._width, self._site)
+        return ops.concatenate(parts, axis=-1)
+
+
 def in_order_of_columns(parts, width, site):
     """Sorts the values that a step recorded at a site by their columns.
 

@@ -9,11 +9,19 @@ from keras import ops
 from keras_bnrnn import backend, types
 from keras_bnrnn.frames import Frames, at_end
 from keras_bnrnn.layers.arguments import check_use_cudnn, names_of
-from keras_bnrnn.layers.cell import BNCell, changed_methods, derivative_of, is_bounded
+from keras_bnrnn.layers.cell import (
+    BNCell,
+    GatesError,
+    changed_methods,
+    derivative_of,
+    gates_of,
+    is_bounded,
+)
 from keras_bnrnn.layers.keras_rnn import LoopLayer
 from keras_bnrnn.layers.normalizers import (
     BatchNormalizer,
     PopulationNormalizer,
+    Recorder,
     affine_of,
 )
 from keras_bnrnn.projection import folded_projection, normalized_projection
@@ -322,15 +330,15 @@ class BNRNN(LoopLayer):
 
         Returns:
             The pre-activations, a tensor of shape (T, B, width), and a boolean tensor
-            (T, B), true at valid frames. It is `None` without a mask.
+            (T, B, 1), true at valid frames. It is `None` without a mask.
         """
         cell = self.cell
         frames = self._frames(sequences, mask)
-        valid = None if frames.valid is None else frames.valid[..., 0]
         weights = cell.own_weights()
         if site == "input":
             x = ops.cast(frames.arrange(sequences), "float64")
-            return ops.matmul(x, ops.cast(weights.kernel, "float64")), valid
+            x = ops.matmul(x, ops.cast(weights.kernel, "float64"))
+            return x, frames.valid
         norms = cell.norms
 
         def step(projected_t, recurrent_t, states, weights, valid_t):
@@ -338,11 +346,76 @@ class BNRNN(LoopLayer):
             states = cell.step(projected_t, recurrent_t, states, weights, norm)
             return states, [norm.pre_activations(site)]
 
+        (width,) = norms[site].moving_mean.shape
+        seen = self._collect(step, width, frames, sequences, initial_state, weights)
+        return ops.cast(seen, "float64"), frames.valid
+
+    def gate_values(
+        self,
+        sequences: types.Tensor,
+        initial_state: list[types.Tensor] | None = None,
+        mask: types.Tensor | None = None,
+    ) -> tuple[dict[str, types.Tensor], types.Tensor | None]:
+        """Computes the values of the gates at inference.
+
+        Args:
+            sequences: Tensor of shape (B, T, D).
+            initial_state: List of tensors of shape (B, U). Default: zeros.
+            mask: Boolean tensor of shape (B, T), or `None`.
+
+        Returns:
+            A dict from the name of each gate to its values, a tensor of shape
+            (T, B, U), and a boolean tensor (T, B, 1), true at valid frames. It is
+            `None` without a mask.
+
+        Raises:
+            GatesError: If the cell does not declare its gates, or if its `step` does
+                not pass the pre-activation of each gate to `norm`.
+        """
+        cell = self.cell
+        activations = gates_of(cell)
+        frames = self._frames(sequences, mask)
+        width = cell.gates * cell.units
+
+        def step(projected_t, recurrent_t, before, weights, valid_t):
+            norm = Recorder("joint", width)
+            after = cell.step(projected_t, recurrent_t, before, weights, norm)
+            try:
+                a = norm.pre_activations()
+            except ValueError as error:
+                raise GatesError(
+                    f"`step` of {type(cell).__name__} does not pass the pre-activation "
+                    f"of each gate to `norm('joint', a, columns)`: {error}"
+                ) from error
+            return after, [cell.gate_pre_activations(a, before, after, weights)]
+
+        # Folded weights need no normalisation, so `a` is what the gates receive.
+        weights = cell.folded_weights()
+        seen = self._collect(step, width, frames, sequences, initial_state, weights)
+        parts = ops.split(seen, cell.gates, axis=-1)
+        values = {
+            name: activation(part)
+            for (name, activation), part in zip(activations.items(), parts, strict=True)
+        }
+        return values, frames.valid
+
+    def _collect(self, step, width, frames, sequences, initial_state, weights):
+        """Runs the time loop at inference, and returns what each step collects.
+
+        Args:
+            step: As in `Loop`. It collects one tensor (B, width).
+            width: Int.
+            frames: `Frames`.
+            sequences, initial_state: As in `gate_values`.
+            weights: `Weights`.
+
+        Returns:
+            Tensor of shape (T, B, width).
+        """
+        cell = self.cell
+        dtype = cell.compute_dtype
         if initial_state is None:
             initial_state = self.get_initial_state(ops.shape(sequences)[0])
-        dtype = cell.compute_dtype
-        x = ops.cast(frames.arrange(sequences), dtype)
-        (width,) = norms[site].moving_mean.shape
         _, _, (seen,) = time_loop(
             Loop(
                 step,
@@ -351,12 +424,12 @@ class BNRNN(LoopLayer):
                 bounded=is_bounded(cell),
                 collected=[((sequences.shape[0], width), dtype)],
             ),
-            x,
+            ops.cast(frames.arrange(sequences), dtype),
             [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)],
             weights,
             return_sequences=False,
         )
-        return ops.cast(seen, "float64"), valid
+        return seen
 
     def get_config(self) -> types.Config:
         config = super().get_config()

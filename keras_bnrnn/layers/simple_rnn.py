@@ -64,6 +64,7 @@ class BNSimpleRNNCell(BNCell, keras.layers.SimpleRNNCell):
 
     gates = 1
     stock_cell = keras.layers.SimpleRNNCell
+    gate_activations = (("h", "activation"),)
 
     def __init__(
         self,

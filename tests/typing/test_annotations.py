@@ -16,12 +16,14 @@ pytest.importorskip("httpx")
 import keras_bnrnn_client
 
 import keras_bnrnn.local_server
+import keras_bnrnn.plots
 
 MODULES = [
     keras_bnrnn,
     keras_bnrnn.layers,
     keras_bnrnn.export,
     keras_bnrnn.local_server,
+    keras_bnrnn.plots,
     keras_bnrnn_client,
 ]
 

@@ -19,6 +19,7 @@ from keras_bnrnn import (
     BNLSTMCell,
     BNSimpleRNN,
     BNSimpleRNNCell,
+    NormalizationMonitor,
     Recalibrate,
     SequenceBatchNorm,
     export_saved_model,
@@ -38,6 +39,7 @@ from keras_bnrnn.export import (
 from keras_bnrnn.folding import FoldedLayer
 from keras_bnrnn.local_server import ModelServer
 from keras_bnrnn.normalizing import NormalizedLayer
+from keras_bnrnn.plots import plot_normalization, plot_recalibration
 from keras_bnrnn_cli import main
 
 
@@ -62,6 +64,7 @@ def mistakes() -> None:
     BNSimpleRNNCell(32, use_bias=None)  # type: ignore[arg-type]
     SequenceBatchNorm(population="timestep")  # type: ignore[arg-type]
     export_saved_model(build(), "m", quantize="int8")  # type: ignore[arg-type]
+    NormalizationMonitor(np.ones((2, 3, 4)), margin="5 %")  # type: ignore[arg-type]
     ModelServer({"m": "m"}, versions="newest")  # type: ignore[arg-type]
     keras_bnrnn.export_onyx  # type: ignore[attr-defined]  # noqa: B018
 
@@ -76,9 +79,15 @@ def finish(model: Any, frames: np.ndarray) -> pathlib.Path:
     assert_type(BNLSTM.from_config(layer.get_config()), BNLSTM)
     stock = keras.Sequential([keras.Input((None, 3)), keras.layers.LSTM(2)])
     assert_type(from_torch({}, [stock]), list[keras.Model])
+    recalibrating = Recalibrate(frames, steps=2, every=1)
+    monitor = NormalizationMonitor((frames, frames), pathlib.Path("logs"), margin=0.1)
+    assert_type(monitor.history, dict[int, dict[str, dict[str, float]]])
+    assert_type(monitor.unmeasured, dict[str, str])
     normalize_model(stock, frames, epsilon=1e-4).fit(
-        frames, callbacks=[Recalibrate(frames, steps=2, every=1)]
+        frames, callbacks=[monitor, recalibrating]
     )
+    plot_recalibration(recalibrating).savefig("changes.png")
+    plot_normalization(monitor).savefig("normalization.png")
     normalized, normalizing = normalize_model(stock, frames, return_report=True)
     assert_type(normalizing, list[NormalizedLayer])
     normalized.summary()
@@ -120,6 +129,7 @@ class Cell(keras_bnrnn.layers.BNCell, keras.layers.SimpleRNNCell):
 
     gates = 1
     more_weights = ("scale",)
+    gate_activations = (("h", "activation"),)
 
     def step(
         self,

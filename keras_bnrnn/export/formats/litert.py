@@ -12,7 +12,6 @@ from keras_bnrnn.export.directory import publish_file
 from keras_bnrnn.export.formats.arguments import (
     checked_path,
     checked_tolerance,
-    require_extra,
     require_float32_graph,
 )
 from keras_bnrnn.export.formats.conversion import (
@@ -24,6 +23,7 @@ from keras_bnrnn.export.formats.conversion import (
 from keras_bnrnn.export.formats.fused_lstm import run_fused
 from keras_bnrnn.export.formats.verification import compare
 from keras_bnrnn.export.interface import interface_of
+from keras_bnrnn.extras import require_extra
 from keras_bnrnn.folding import fold
 from keras_bnrnn.traversal import sublayers
 
