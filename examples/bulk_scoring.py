@@ -163,6 +163,9 @@ class ReadRows(beam.DoFn):
         number = 0
         try:
             with pq.ParquetFile(path) as file:
+                absent = {*names} - {*file.schema_arrow.names}
+                if absent:
+                    raise ValueError(f"has no column {', '.join(sorted(absent))}")
                 for batch in file.iter_batches(batch_size=256, columns=names):
                     for row in batch.to_pylist():
                         key = (path, number)
@@ -171,7 +174,7 @@ class ReadRows(beam.DoFn):
                         except (TypeError, ValueError) as error:
                             yield beam.pvalue.TaggedOutput(ERRORS, (key, str(error)))
                         number += 1
-        except (OSError, pa.ArrowException) as failure:
+        except (OSError, ValueError, pa.ArrowException) as failure:
             message = f"{failure}\n"
             write(
                 self.output / f"{pathlib.Path(path).name}.unreadable",
@@ -244,7 +247,7 @@ class SavedModelHandler(ModelHandler):
         return results
 
     def groups(self, batch):
-        """Groups rows that may share a batch: without `lengths`, those of one length."""
+        """Groups the rows that may share a batch: of one length, without `lengths`."""
         if LENGTHS in self.signature["inputs"]:
             return [range(len(batch))]
         groups = collections.defaultdict(list)
@@ -322,7 +325,6 @@ class WriteFile(beam.DoFn):
             self.output / pathlib.Path(path).name,
             lambda place: pq.write_table(table, place),
         )
-        yield path
 
 
 def is_good(result):
