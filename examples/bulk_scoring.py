@@ -85,7 +85,10 @@ def main(argv=None):
     files = sorted(pathlib.Path(options.input_dir).glob("*.parquet"))
     if not files:
         raise SystemExit(f"error: {options.input_dir} has no *.parquet files")
-    claim(output, {"model": str(version.resolve())})
+    inputs = pathlib.Path(options.input_dir).resolve()
+    if inputs == output.resolve():
+        raise SystemExit("error: --output-dir must not be --input-dir")
+    claim(output, {"model": str(version.resolve()), "input_dir": str(inputs)})
     return score(files, output, version, options, beam_options)
 
 
@@ -385,14 +388,14 @@ def read_signature(version):
 
 
 def claim(output, configuration):
-    """Creates the output folder, or checks that it has results of the same model."""
+    """Creates the output folder, or checks that it has results of this run."""
     path = output / "scoring.json"
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         if there != configuration:
             raise SystemExit(
-                f"error: {output} has results of {there['model']}. Received: "
-                f"{configuration['model']}. Give another --output-dir."
+                f"error: {output} has results of another model or folder: {there}. "
+                f"Received: {configuration}. Give another --output-dir."
             )
         return
     output.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def build_distributed_model(strategy, options):
     """Builds a compiled model whose `fit` runs on all replicas.
 
     Everything that has variables is made in the scope of the strategy. The model itself
-    is not: Keras would then distribute the data in a way that fails with this strategy.
+    is not: `fit` fails with a model that is made in the scope of this strategy.
     """
     with strategy.scope():
         plain = build_model(options)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from pages import blocks, run_python
 
 import keras_bnrnn
 
+GUIDE = "docs/bulk_scoring.md"
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 # The example, which kills itself before it renames the third file.
 CRASHING = """
@@ -125,25 +128,17 @@ def test_results_are_those_of_the_model(
     ]
     for number, rows in enumerate(parts):
         write(tmp_path / f"in/part-{number}.parquet", rows)
-    import pyarrow as pa
-
     (tmp_path / "in/part-3.parquet").write_bytes(b"no table")
     (tmp_path / "in/part-4.parquet").write_bytes(
         (tmp_path / "in/part-0.parquet").read_bytes()[:-200]
     )
     write(tmp_path / "in/part-5.parquet", [{"id": "no column of the inputs"}])
     write(tmp_path / "in/part-6.parquet", parts[0][:1])
-    empty = pa.Table.from_pylist(parts[0][:1]).slice(0, 0)
-    importlib.import_module("pyarrow.parquet").write_table(
-        empty, tmp_path / "in/part-7.parquet"
-    )
-    arguments = [
-        "--input-dir",
-        str(tmp_path / "in"),
-        "--model",
-        str(tmp_path / "model"),
-    ]
-    arguments += ["--output-dir", str(tmp_path / "out"), "--batch-size", "8"]
+    empty = example.pa.Table.from_pylist(parts[0][:1]).slice(0, 0)
+    example.pq.write_table(empty, tmp_path / "in/part-7.parquet")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--input-dir", "in", "--model", "model", "--output-dir", "out"]
+    arguments += ["--batch-size", "8"]
 
     assert example.main([*arguments, "--files-at-once", "3"]) == 1
     for number, rows in enumerate(parts):
@@ -175,6 +170,8 @@ def test_results_are_those_of_the_model(
     keras_bnrnn.export_saved_model(network, tmp_path / "model")
     with pytest.raises(SystemExit, match=r"has results of .*model/1.*model/2"):
         example.main(arguments)
+    with pytest.raises(SystemExit, match="must not be --input-dir"):
+        example.main([*arguments, "--output-dir", "in"])
 
 
 @pytest.mark.slow
@@ -217,9 +214,29 @@ def test_it_continues_after_a_kill(example, network, tmp_path, rng):
 
 
 @pytest.mark.slow
-def test_a_trial(example, tmp_path, capsys):
-    assert example.main(["--smoke", "--output-dir", str(tmp_path / "out")]) == 0
-    assert "200 rows" in capsys.readouterr().out
+def test_the_guide(example, tmp_path, monkeypatch, capsys):
+    """Its trial, and its program with the model of the trial."""
+    monkeypatch.chdir(tmp_path)
+    sh = [block for language, block in blocks(GUIDE) if language == "sh"]
+    trial, own = (block.split()[1:] for block in sh[1:])
+    assert trial[0] == own[0] == "examples/bulk_scoring.py"
+    assert example.main(trial[1:]) == 0
+    printed = capsys.readouterr().out
+    shown = next(block for language, block in blocks(GUIDE) if language == "")
+    assert re.sub(r"\d+ rows/s", "", printed) == re.sub(r"\d+ rows/s", "", shown)
+
+    pathlib.Path("data").mkdir()
+    monkeypatch.chdir("data")
+    (program,) = [block for language, block in blocks(GUIDE) if language == "python"]
+    run_python(program, GUIDE, {})
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("models").mkdir()
+    pathlib.Path("models/speech").symlink_to(tmp_path / "runs/scores/trial/model")
+    assert example.main(own[1:]) == 0
+    (results, *others) = (read(path) for path in pathlib.Path("scores").glob("*.p*"))
+    assert not others and [row["id"] for row in results] == ["a", "b", "c"]
+    assert [row["error"] for row in results] == [None] * 3
+    assert [len(row["logits"]) for row in results] == [2] * 3
 
 
 class Served:
