@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,6 @@ from pages import (
     blocks,
     commands,
     documented,
-    free_port,
     run_python,
     text_of,
 )
@@ -28,6 +28,7 @@ from keras_bnrnn import BNLSTM
 # Pages whose programs need more than one process or a stand-in for PyTorch, and the
 # guides that test_guides.py reads one after the other.
 ELSEWHERE = {
+    "docs/bulk_scoring.md": "tests/examples/test_bulk_scoring.py",
     "docs/index.md": "test_the_example_runs_from_end_to_end",
     "docs/migrate.md": "test_the_code_runs",
     "docs/serving.md": "test_the_example_runs_from_end_to_end",
@@ -39,6 +40,7 @@ NEEDS = {
     "docs/export.md": ["onnxruntime", "tf2onnx", "ai_edge_litert"],
     "docs/monitoring.md": ["matplotlib", "tensorboard"],
 }
+WORKERS = "docs/several_workers.md"
 WITH_PROGRAMS = [
     p for p in PAGES if "python" in [language for language, _ in blocks(p)]
 ]
@@ -131,24 +133,27 @@ def test_replicas(tmp_path):
 
 @pytest.mark.slow
 def test_workers(tmp_path):
-    (_, program), (_, block), _ = blocks("docs/several_workers.md")
-    for port in ("12345", "12346"):
-        assert port in program
-        program = program.replace(port, str(free_port()))
-    (tmp_path / "worker.py").write_text(program)
-    started = [command.removesuffix(" &").split() for command in commands(block)]
-    assert [command[0] for command in started] == ["python", "python"]
-    workers = [run_script(command[1:], tmp_path) for command in started]
-    try:
-        printed = sorted(finish(worker) for worker in workers)
-    finally:
-        for worker in workers:
-            worker.kill()
-    losses = [re.search(r"^worker \d: loss (.*)$", p, re.M)[1] for p in printed]
-    assert len(set(losses)) == 1  # the weights and the data of all workers are shared
-    model = keras.saving.load_model(tmp_path / "model.keras")
-    # Both workers together have made each step once.
-    assert int(model.layers[0].input_norm.update_count) == 20
+    pytest.importorskip("sklearn")
+    block = next(block for language, block in blocks(WORKERS) if language == "sh")
+    program, *arguments = block.split()
+    assert program == "python"
+    arguments[0] = str(ROOT / arguments[0])
+    output = finish(run_script([*arguments, "--smoke"], tmp_path))
+    assert "2 replicas; epochs that are done: 0" in output
+    model = keras.saving.load_model(tmp_path / "runs/workers/model.keras")
+    assert type(model.layers[1]) is BNLSTM and model.layers[1].synchronized
+
+
+def test_the_page_of_several_workers_shows_the_example():
+    example = text_of("examples/multi_worker.py")
+    found = [block for language, block in blocks(WORKERS) if language == "python"]
+    assert len(found) == 2 and all(block in example for block in found)
+    for language, block in blocks(WORKERS):
+        for option in re.findall(r" (--[\w-]+)", block if language == "sh" else ""):
+            assert f'add("{option}"' in example
+    (config,) = re.findall("TF_CONFIG='(.*)'", text_of(WORKERS))
+    config = json.loads(config)
+    assert config["task"]["index"] < len(config["cluster"]["worker"])
 
 
 def public_names():
