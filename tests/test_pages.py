@@ -150,7 +150,7 @@ def test_the_page_of_several_workers_shows_the_example():
     assert len(found) == 2 and all(block in example for block in found)
     for language, block in blocks(WORKERS):
         for option in re.findall(r" (--[\w-]+)", block if language == "sh" else ""):
-            assert f'add("{option}"' in example
+            assert f'"{option}"' in example
     (config,) = re.findall("TF_CONFIG='(.*)'", text_of(WORKERS))
     config = json.loads(config)
     assert config["task"]["index"] < len(config["cluster"]["worker"])
