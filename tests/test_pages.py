@@ -162,7 +162,7 @@ def public_names():
     yield "keras_bnrnn_client"
 
 
-@pytest.mark.parametrize("name", public_names())
+@pytest.mark.parametrize("name", list(public_names()))
 def test_the_reference_has_every_public_name(name):
     if name.endswith(("local_server", "client")):
         for needed in ("httpx", "starlette", "uvicorn", "prometheus_client"):
