@@ -4,7 +4,8 @@ import typing
 
 import keras
 
-from keras_bnrnn.calibration import recalibrate
+from keras_bnrnn.calibration import check_reading, recalibrate
+from keras_bnrnn.checks import check_positive_integer, check_verbose
 
 
 class Recalibrate(keras.callbacks.Callback):
@@ -24,14 +25,14 @@ class Recalibrate(keras.callbacks.Callback):
         every: Int >= 1. The callback acts in every `every`-th epoch: epochs `every`,
             `2 * every` and so on, counted from 1. Default: 1.
         batch_size: Int, for arrays. Default: 32.
-        verbose: 1 for a progress bar, 0 (default) for silence.
+        verbose: 1 for a progress bar, 2 for a line, 0 (default) for silence.
 
     Attributes:
         changes: Dict from epoch, counted from 0, to what `recalibrate` returned: how
             far the moving averages were from the exact statistics.
 
     Raises:
-        ValueError: If `every` is not an int >= 1; in training, as for `recalibrate`.
+        ValueError: If an argument is out of range; in training, as for `recalibrate`.
 
     Example:
 
@@ -56,8 +57,9 @@ class Recalibrate(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be an int >= 1. Received: every={every!r}")
+        check_reading(data, steps, batch_size)
+        check_positive_integer("every", every)
+        check_verbose(verbose)
         self.data = data
         self.steps = steps
         self.every = every
