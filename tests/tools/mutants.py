@@ -1,0 +1,319 @@
+"""Measures how many mutants of statistics, recurrence and folding the tests kill.
+
+A mutant is a module with one change: another operator, comparison, constant or
+condition, an exchanged pair of arguments, or a statement left out. A mutant is killed
+if a test of the module fails. The script draws mutants at random from all that there
+are, writes each result to a file at once, and goes on from this file when it is started
+again.
+
+The tools for mutation tests start a new process for each mutant, which would import
+TensorFlow for 8 seconds. This script imports TensorFlow once and forks: each child
+compiles the mutant, puts its code in place of the module's, and runs the tests.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "keras_bnrnn"
+
+# The tests of each module, fast ones first.
+PROPERTIES = ["tests/test_properties.py"]
+RECURRENCE = [
+    *PROPERTIES,
+    "tests/recurrence/test_gradients.py",
+    "tests/recurrence/test_slices.py",
+]
+TESTS = {
+    "statistics.py": PROPERTIES,
+    "population.py": [*PROPERTIES, "tests/test_population_guards.py"],
+    "projection.py": [*PROPERTIES, "tests/layers/test_layers_math.py"],
+    "folding.py": [*PROPERTIES, "tests/test_folding.py"],
+    "recurrence/derivative.py": RECURRENCE,
+    "recurrence/backward.py": RECURRENCE,
+    "recurrence/block.py": RECURRENCE,
+    "recurrence/forward.py": RECURRENCE,
+    "recurrence/kept.py": RECURRENCE,
+    "recurrence/schedule.py": RECURRENCE,
+    "recurrence/time_loop.py": RECURRENCE,
+    "recurrence/weights.py": RECURRENCE,
+    "backend/block_lstm.py": RECURRENCE,
+}
+
+BINARY = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+COMPARE = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+PAIRS = {"minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any"}
+
+
+def commutes(call):
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    return name in ("maximum", "minimum", "max", "min", "logical_and", "logical_or")
+
+
+def changes_of(node):
+    """Yields pairs of a description and a function that changes a copy of the node."""
+    if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
+        new = BINARY[type(node.op)]
+
+        def change(node, new=new):
+            node.op = new()
+
+        yield f"{type(node.op).__name__} to {new.__name__}", change
+    if isinstance(node, ast.AugAssign) and type(node.op) in BINARY:
+        new = BINARY[type(node.op)]
+
+        def change(node, new=new):
+            node.op = new()
+
+        yield f"{type(node.op).__name__} to {new.__name__}", change
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARE:
+        new = COMPARE[type(node.ops[0])]
+
+        def change(node, new=new):
+            node.ops[0] = new()
+
+        yield f"{type(node.ops[0]).__name__} to {new.__name__}", change
+    if isinstance(node, ast.BoolOp):
+        new = ast.Or if isinstance(node.op, ast.And) else ast.And
+
+        def change(node, new=new):
+            node.op = new()
+
+        yield f"{type(node.op).__name__} to {new.__name__}", change
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+        # `+x` is x; `not not x` has the truth value of x.
+        if isinstance(node.op, ast.USub):
+
+            def change(node):
+                node.op = ast.UAdd()
+
+        else:
+
+            def change(node):
+                node.operand = ast.UnaryOp(ast.Not(), node.operand)
+
+        yield f"{type(node.op).__name__} left out", change
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, bool):
+
+            def change(node):
+                node.value = not node.value
+
+            yield f"{node.value} to {not node.value}", change
+        elif isinstance(node.value, (int, float)):
+
+            def change(node):
+                node.value = node.value + 1
+
+            yield f"{node.value} to {node.value + 1}", change
+    if isinstance(node, ast.IfExp):
+
+        def change(node):
+            node.body, node.orelse = node.orelse, node.body
+
+        yield "branches exchanged", change
+    if isinstance(node, ast.If):
+
+        def change(node):
+            node.test = ast.UnaryOp(ast.Not(), node.test)
+
+        yield "condition negated", change
+    if isinstance(node, ast.Attribute) and node.attr in PAIRS:
+
+        def change(node):
+            node.attr = PAIRS[node.attr]
+
+        yield f"{node.attr} to {PAIRS[node.attr]}", change
+    if isinstance(node, ast.Call) and len(node.args) == 2 and not commutes(node):
+
+        def change(node):
+            node.args.reverse()
+
+        yield "arguments exchanged", change
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+
+        def change(node):
+            node.value = ast.Constant(None)
+
+        yield "statement left out", change
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "stop_gradient"
+    ):
+
+        def change(node):
+            node.func = ast.parse("lambda x: x", mode="eval").body
+
+        yield "stop_gradient left out", change
+
+
+def mutants_of(module):
+    """Lists the mutants of a module: (line, description, position, number)."""
+    tree = ast.parse((PACKAGE / module).read_text())
+    docs_and_messages = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Raise, ast.JoinedStr)):
+            docs_and_messages |= {id(part) for part in ast.walk(node)}
+    found = []
+    for position, node in enumerate(ast.walk(tree)):
+        if id(node) in docs_and_messages:
+            continue
+        for number, (what, _) in enumerate(changes_of(node)):
+            found.append((node.lineno, what, position, number))
+    return found
+
+
+def mutated_code(module, position, number):
+    path = PACKAGE / module
+    tree = ast.parse(path.read_text())
+    node = list(ast.walk(tree))[position]
+    list(changes_of(copy.copy(node)))[number][1](node)
+    return compile(ast.fix_missing_locations(tree), str(path), "exec")
+
+
+class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from given code."""
+
+    def __init__(self, name, code):
+        self.name, self.code = name, code
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            return importlib.util.spec_from_loader(name, self)
+        return None
+
+    def exec_module(self, module):
+        exec(self.code, vars(module))
+
+
+def run_child(module, position, number, tests, seconds):
+    """Runs the tests with a mutant; returns "killed", "survived" or "timeout"."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        code = 1
+        try:
+            if position is not None:
+                name = "keras_bnrnn." + module.removesuffix(".py").replace("/", ".")
+                mutated = mutated_code(module, position, number)
+                sys.meta_path.insert(0, Mutated(name, mutated))
+            import pytest
+
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+            code = int(pytest.main([*options, *tests]))
+        finally:
+            os._exit(code)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return "survived" if status == 0 else "killed"
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=100, help="mutants (default: 100)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the sample (default: 0)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="stop after this time (default: when all ran)"
+    )
+    parser.add_argument(
+        "--results",
+        type=pathlib.Path,
+        default=ROOT / "runs" / "mutants.jsonl",
+        help="file of the results (default: runs/mutants.jsonl)",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the sample and run nothing"
+    )
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+
+    everything = [(m, *mutant) for m in TESTS for mutant in mutants_of(m)]
+    sample = random.Random(arguments.seed).sample(everything, len(everything))
+    sample = sample[: arguments.count]
+    if arguments.list:
+        for module, line, what, *_ in sample:
+            print(f"{module}:{line}: {what}")
+        print(f"{len(sample)} of {len(everything)} mutants")
+        return 0
+
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    results = {}
+    if arguments.results.exists():
+        for text in arguments.results.read_text().splitlines():
+            *mutant, result = json.loads(text)
+            results[tuple(mutant)] = result
+    # Loaded once, in the parent. The package itself is loaded by the children.
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "serving" / "client")]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("hypothesis", "tensorflow", "keras", "pytest"):
+        importlib.import_module(name)
+
+    start = time.monotonic()
+    for mutant in sample:
+        if mutant in results:
+            continue
+        minutes = (time.monotonic() - start) / 60
+        if arguments.minutes is not None and minutes > arguments.minutes:
+            break
+        module, line, what, position, number = mutant
+        result = run_child(module, position, number, TESTS[module], 300)
+        results[mutant] = result
+        with arguments.results.open("a") as file:
+            file.write(json.dumps([*mutant, result]) + "\n")
+        print(f"{result}: {module}:{line}: {what}", flush=True)
+
+    results = {m: results[m] for m in sample if m in results}
+    killed = sum(result != "survived" for result in results.values())
+    print(f"{killed} of {len(results)} mutants killed; {len(sample)} in the sample")
+    for (module, line, what, *_), result in results.items():
+        if result == "survived":
+            print(f"survived: {module}:{line}: {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
