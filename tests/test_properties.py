@@ -23,6 +23,8 @@ COMMON = {
     "deadline": None,  # TensorFlow traces and compiles in some examples
     "suppress_health_check": list(hypothesis.HealthCheck),
     "print_blob": True,
+    # Not `explain`, which runs a failing example a hundred times more.
+    "phases": [*hypothesis.Phase][:-1],
 }
 hypothesis.settings.register_profile("test", derandomize=True, database=None, **COMMON)
 hypothesis.settings.register_profile("fuzz", **COMMON)
@@ -219,7 +221,7 @@ def test_inference_equals_the_oracle(case, dtype):
         np.testing.assert_array_equal(a, b)
 
 
-@examples(12)
+@examples(8)
 @hypothesis.given(cases(usual=True, training=True))
 def test_training_equals_the_oracle(case):
     """Outputs, gradients and the statistics of two steps, in float64."""
@@ -508,8 +510,10 @@ def test_saved_and_cloned_models_are_equal(case, dropout, recurrent_dropout):
     for other in (clone, loaded):
         layer = other.get_layer("rnn")
         for name, value in case.arguments.items():
-            own = getattr(layer, name)
-            assert own == value or own is keras.activations.get(value), name
+            if name.endswith("activation"):
+                value = keras.activations.get(value)
+            if name != "return_state":
+                assert getattr(layer, name) == value, name
         np.testing.assert_array_equal(call(other, x)[0], call(model, x)[0])
 
 
