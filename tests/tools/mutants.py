@@ -50,6 +50,9 @@ TESTS = {
     "backend/block_lstm.py": RECURRENCE,
 }
 
+# A mutant that loops forever counts as killed.
+SECONDS = 600
+
 BINARY = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -217,8 +220,8 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self.code, vars(module))
 
 
-def run_child(module, position, number, tests, seconds):
-    """Runs the tests with a mutant; returns "killed", "survived" or "timeout"."""
+def start_child(module, position, number, tests):
+    """Starts the tests with a mutant, or without if `position` is `None`."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -237,12 +240,16 @@ def run_child(module, position, number, tests, seconds):
             code = int(pytest.main([*options, *tests]))
         finally:
             os._exit(code)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return "survived" if status == 0 else "killed"
-        time.sleep(0.05)
+    return child
+
+
+def result_of(child, end):
+    """Returns "killed", "survived" or "timeout", or `None` while the tests run."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        return "survived" if status == 0 else "killed"
+    if time.monotonic() < end:
+        return None
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "timeout"
@@ -264,6 +271,10 @@ def main():
         type=pathlib.Path,
         default=ROOT / "runs" / "mutants.jsonl",
         help="file of the results (default: runs/mutants.jsonl)",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="tests at a time")
+    parser.add_argument(
+        "--check", action="store_true", help="run the tests without a mutant"
     )
     parser.add_argument(
         "--list", action="store_true", help="list the sample and run nothing"
@@ -289,22 +300,35 @@ def main():
     # Loaded once, in the parent. The package itself is loaded by the children.
     sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "serving" / "client")]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
     for name in ("hypothesis", "tensorflow", "keras", "pytest"):
         importlib.import_module(name)
 
+    if arguments.check:
+        sample = [(module, 0, "unchanged", None, 0) for module in TESTS]
     start = time.monotonic()
-    for mutant in sample:
-        if mutant in results:
-            continue
+    waiting = [mutant for mutant in sample if mutant not in results]
+    running = {}  # from the process to the mutant and the time of its end
+    while waiting or running:
         minutes = (time.monotonic() - start) / 60
         if arguments.minutes is not None and minutes > arguments.minutes:
-            break
-        module, line, what, position, number = mutant
-        result = run_child(module, position, number, TESTS[module], 300)
-        results[mutant] = result
-        with arguments.results.open("a") as file:
-            file.write(json.dumps([*mutant, result]) + "\n")
-        print(f"{result}: {module}:{line}: {what}", flush=True)
+            waiting = []
+        while waiting and len(running) < arguments.jobs:
+            module, line, what, position, number = mutant = waiting.pop(0)
+            child = start_child(module, position, number, TESTS[module])
+            running[child] = mutant, time.monotonic() + SECONDS
+        for child, (mutant, end) in list(running.items()):
+            result = result_of(child, end)
+            if result is None:
+                continue
+            del running[child]
+            results[mutant] = result
+            module, line, what, *_ = mutant
+            print(f"{result}: {module}:{line}: {what}", flush=True)
+            if not arguments.check:
+                with arguments.results.open("a") as file:
+                    file.write(json.dumps([*mutant, result]) + "\n")
+        time.sleep(0.05)
 
     results = {m: results[m] for m in sample if m in results}
     killed = sum(result != "survived" for result in results.values())
