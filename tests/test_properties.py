@@ -8,6 +8,7 @@ import dataclasses
 import os
 import tempfile
 import warnings
+from unittest import mock
 
 import hypothesis
 import keras
@@ -18,6 +19,7 @@ from helpers import KINDS, gap, oracle_weights, randomize, randomize_model
 from hypothesis import strategies as st
 
 from keras_bnrnn import SequenceBatchNorm, fold, recalibrate
+from keras_bnrnn.recurrence import schedule
 
 COMMON = {
     "deadline": None,  # TensorFlow traces and compiles in some examples
@@ -39,8 +41,8 @@ hypothesis.settings.load_profile(PROFILE)
 
 
 def examples(count):
-    """Sets the number of examples, which is three times as large in `make fuzz`."""
-    factor = 3 if PROFILE == "fuzz" else 1
+    """Sets the number of examples, which is twice as large in `make fuzz`."""
+    factor = 2 if PROFILE == "fuzz" else 1
     return hypothesis.settings(max_examples=count * factor)
 
 
@@ -555,3 +557,38 @@ def test_eager_graph_and_xla_are_equal(case, training):
         for a, b in zip(found[0], other, strict=True):
             # float64, divided by deviations of 0.03 and more
             assert gap(a, b) <= 1e-9 * max(1.0, np.abs(a).max())
+
+
+@examples(4)
+@hypothesis.given(
+    cases(usual=True, training=True, unroll=False),
+    FLAGS,
+    FLAGS,
+    st.sampled_from(["float32", "float64"]),
+)
+def test_slices_and_blocks_are_equal_to_one_loop(case, training, sliced, dtype):
+    """A graph on CPUs, with the thresholds of the schedule lowered to small batches."""
+    x, arguments = case.inputs(dtype)
+
+    def step(layer):
+        with tf.GradientTape() as tape:
+            results = layer(x, training=training, **arguments)
+            loss = sum(tf.reduce_sum(r * r) for r in results)
+        values = [v.value for v in layer.trainable_variables]
+        gradients = tape.gradient(loss, values, unconnected_gradients="zero")
+        return [*results, *gradients]
+
+    found = []
+    lowered = {"BY_STEP_FROM": 1}
+    if sliced:
+        lowered |= {"LEAST_SLICED_ROWS": 2, "LEAST_SLICED_PRODUCT": 1}
+    with mock.patch.multiple(schedule, **lowered), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for wrap in (lambda f: f, tf.function):
+            layer = case.layer(dtype=dtype)
+            results = wrap(lambda layer=layer: step(layer))()
+            found.append([*map(np.asarray, results), *layer.input_norm.get_weights()])
+    # Divided by deviations of 0.03 and more.
+    allowed = 1e-3 if dtype == "float32" else 1e-9
+    for a, b in zip(*found, strict=True):
+        assert gap(a, b) <= allowed * max(1.0, np.abs(a).max())
