@@ -47,6 +47,15 @@ TESTS = {
     "backend/block_lstm.py": PROPERTIES,
 }
 
+# `--survivors` runs these as well. They take some minutes, most of them in graphs.
+LOOPS = ["tests/recurrence/test_slices.py", "tests/recurrence/test_gradients.py"]
+MORE_TESTS = {
+    "statistics.py": ["tests/layers/test_layers_math.py"],
+    "population.py": ["tests/layers/test_layers_math.py", "tests/test_calibration.py"],
+    "projection.py": ["tests/layers/test_layers_math.py", *LOOPS],
+    "folding.py": ["tests/test_folding.py", "tests/test_edges.py"],
+}
+
 # A mutant that loops forever counts as killed.
 SECONDS = 600
 
@@ -271,6 +280,11 @@ def main():
     )
     parser.add_argument("--jobs", type=int, default=2, help="tests at a time")
     parser.add_argument(
+        "--survivors",
+        action="store_true",
+        help="run more tests with the mutants of the sample that survived",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="run the tests without a mutant"
     )
     parser.add_argument(
@@ -303,8 +317,12 @@ def main():
 
     if arguments.check:
         sample = [(module, 0, "unchanged", None, 0) for module in TESTS]
+    tests = dict(TESTS)
     start = time.monotonic()
     waiting = [mutant for mutant in sample if mutant not in results]
+    if arguments.survivors:
+        tests = {module: MORE_TESTS.get(module, LOOPS) for module in TESTS}
+        waiting = [m for m in sample if results.get(m) == "survived"]
     running = {}  # from the process to the mutant and the time of its end
     while waiting or running:
         minutes = (time.monotonic() - start) / 60
@@ -312,7 +330,7 @@ def main():
             waiting = []
         while waiting and len(running) < arguments.jobs:
             module, line, what, position, number = mutant = waiting.pop(0)
-            child = start_child(module, position, number, TESTS[module])
+            child = start_child(module, position, number, tests[module])
             running[child] = mutant, time.monotonic() + SECONDS
         for child, (mutant, end) in list(running.items()):
             result = result_of(child, end)
