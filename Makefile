@@ -6,7 +6,7 @@ DOCS_VENV := .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 
 .PHONY: demo test test-all lint bench experiments figures notebooks links docs
-.PHONY: release-check matrix venv clean
+.PHONY: fuzz mutants release-check matrix venv clean
 
 # Trains a language model on the Python language reference, recalibrates, folds,
 # exports and serves it, and sends it text. Output goes to runs/demo.
@@ -20,6 +20,16 @@ test: lint
 # Every test, those marked slow too: more than an hour. TESTS: more options for pytest.
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" $(TESTS)
+
+# New examples of the properties for ten minutes of CPU time; a failure ends the run and
+# prints how to reproduce it. FUZZ: more options, such as `--seed 5`.
+fuzz: $(READY)
+	$(BIN)/python tests/tools/fuzz.py $(FUZZ)
+
+# Mutants of statistics, recurrence and folding, with the fast tests of each module: some
+# 10 minutes. Results go to runs/mutants.jsonl; an interrupted run goes on from there.
+mutants: $(READY)
+	$(BIN)/python tests/tools/mutants.py $(MUTANTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

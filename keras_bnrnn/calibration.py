@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import numbers
 import typing
 import warnings
 
@@ -12,6 +11,7 @@ from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn import statistics as stats
+from keras_bnrnn.checks import check_positive_integer, check_verbose
 from keras_bnrnn.sequence_batch_norm import warn_of_nonfinite_batches
 from keras_bnrnn.targets import (
     find_targets,
@@ -61,7 +61,7 @@ def recalibrate(
             batches. Endless data sets and iterators require `steps`. Pass `steps` too
             if a data set of unknown size may be endless.
         batch_size: Int, for arrays. Default: 32.
-        verbose: 1 (default) for a progress bar, 0 for silence.
+        verbose: 1 (default) for a progress bar, 2 for a line, 0 for silence.
 
     Returns:
         A dict from layer name to `{"mean": ..., "variance": ...}`: the largest change
@@ -84,6 +84,7 @@ def recalibrate(
         raise ValueError(
             f"`model` must be a built `keras.Model`. Received: model={model!r}"
         )
+    check_verbose(verbose)
     targets = find_targets(model)
     if not targets:
         raise ValueError(
@@ -122,6 +123,7 @@ def population_statistics(model, norms, data, steps, batch_size, verbose):
     Raises:
         ValueError: As for `recalibrate`.
     """
+    check_verbose(verbose)
     batches = _Batches(model, data, steps, batch_size)
     batches.first()
     by_norm = {id(target.norm): target for target in find_targets(model)}
@@ -136,14 +138,7 @@ class _Batches:
     """Reads the `x` of each batch of a data set, any number of times."""
 
     def __init__(self, model, data, steps, batch_size):
-        for name, number in (("steps", steps), ("batch_size", batch_size)):
-            whole = isinstance(number, numbers.Integral) and not isinstance(
-                number, bool
-            )
-            if not (whole and number > 0) and (name, number) != ("steps", None):
-                raise ValueError(
-                    f"`{name}` must be a positive integer. Received: {name}={number!r}"
-                )
+        check_reading(data, steps, batch_size)
         single = len(getattr(model, "inputs", None) or [None]) == 1
         if single and isinstance(data, tuple) and data and all(map(is_array, data)):
             raise ValueError(
@@ -152,13 +147,6 @@ class _Batches:
                 f"Received: data=a tuple of {len(data)} arrays"
             )
         self._model = model
-        one_shot = hasattr(data, "__next__")
-        endless = _is_endless(data)
-        if steps is None and (one_shot or endless):
-            raise ValueError(
-                "`steps` must say how many batches to use of an endless data set or "
-                f"an iterator. Received: steps=None with data={data!r}"
-            )
         if _is_arrays(model, data):
             data = _cut(data, batch_size)
         self.count = None  # the number of batches, if known before they are read
@@ -178,8 +166,8 @@ class _Batches:
             used = list(itertools.islice(self._read(), steps))
             if len(used) < steps:
                 raise ValueError(
-                    f"`data` has fewer batches than `steps`. Received: steps={steps} "
-                    f"with {len(used)} batches"
+                    "`data` must have at least `steps` batches. "
+                    f"Received: steps={steps} with {len(used)} batches"
                 )
             self.count = steps
             self._read = lambda: iter(used)
@@ -193,8 +181,67 @@ class _Batches:
 
     def first(self):
         for x in self:
+            _require_fit(self._model, x)
             return x
         raise ValueError("`data` must have at least one batch. Received: an empty one")
+
+
+def check_reading(data, steps, batch_size):
+    """Checks how `recalibrate` would read its data, without reading it.
+
+    Args:
+        data, steps, batch_size: As for `recalibrate`.
+    """
+    check_positive_integer("steps", steps, optional=True)
+    check_positive_integer("batch_size", batch_size)
+    is_data_set = isinstance(data, keras.utils.PyDataset) or hasattr(data, "__iter__")
+    if not is_data_set or isinstance(data, (str, bytes)):
+        raise ValueError(
+            "`data` must be arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or "
+            f"another iterable of batches. Received: data={data!r}"
+        )
+    if steps is None and (hasattr(data, "__next__") or _is_endless(data)):
+        raise ValueError(
+            "`steps` must say how many batches to use of an endless data set or "
+            f"an iterator. Received: steps=None with data={data!r}"
+        )
+
+
+def _require_fit(model, x):
+    """Raises an error if a batch does not have the shapes of the model's inputs.
+
+    Args:
+        model: A model. A subclassed one has no inputs to compare with.
+        x: The first batch. Keras finds the inputs of a dict by their names.
+    """
+    inputs = getattr(model, "inputs", None)
+    if not inputs or isinstance(x, dict):
+        return
+    tensors = keras.tree.flatten(x)
+
+    def fits(tensor, spec):
+        sizes, expected = list(tensor.shape), list(spec.shape)
+        # Keras adds or removes a last axis of size 1.
+        if len(sizes) == len(expected) + 1 and sizes[-1] == 1:
+            del sizes[-1]
+        if len(sizes) == len(expected) - 1 and expected[-1] == 1:
+            sizes.append(1)
+        is_text = keras.backend.standardize_dtype(tensor.dtype) == "string"
+        return (
+            is_text == (spec.dtype == "string")
+            and len(sizes) == len(expected)
+            and all(n is None or n == m for m, n in zip(sizes, expected, strict=True))
+        )
+
+    if len(tensors) != len(inputs) or not all(map(fits, tensors, inputs)):
+        specs = [(tuple(spec.shape), spec.dtype) for spec in inputs]
+        received = [
+            (tuple(t.shape), keras.backend.standardize_dtype(t.dtype)) for t in tensors
+        ]
+        raise ValueError(
+            "`data` must have batches of the shapes and dtypes of the inputs of the "
+            f"model: {specs}. Received: a batch of {received}"
+        )
 
 
 def _is_endless(data):

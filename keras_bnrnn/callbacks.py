@@ -8,10 +8,10 @@ import keras
 import numpy as np
 
 from keras_bnrnn import backend
-from keras_bnrnn.calibration import recalibrate
+from keras_bnrnn.calibration import check_reading, recalibrate
+from keras_bnrnn.checks import check_positive_integer, check_verbose, is_number
 from keras_bnrnn.extras import require_extra
 from keras_bnrnn.monitoring import Probe
-from keras_bnrnn.sequence_batch_norm import is_number
 from keras_bnrnn.targets import is_array
 
 
@@ -26,8 +26,7 @@ class _AfterTraining(keras.callbacks.Callback):
 
     def __init__(self, every: int) -> None:
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be an int >= 1. Received: every={every!r}")
+        check_positive_integer("every", every)
         self.every = every
         self._due: int | None = None  # the epoch, until the callback has acted in it
 
@@ -70,14 +69,14 @@ class Recalibrate(_AfterTraining):
         every: Int >= 1. The callback acts in every `every`-th epoch: epochs `every`,
             `2 * every` and so on, counted from 1. Default: 1.
         batch_size: Int, for arrays. Default: 32.
-        verbose: 1 for a progress bar, 0 (default) for silence.
+        verbose: 1 for a progress bar, 2 for a line, 0 (default) for silence.
 
     Attributes:
         changes: Dict from epoch, counted from 0, to what `recalibrate` returned: how
             far the moving averages were from the exact statistics.
 
     Raises:
-        ValueError: If `every` is not an int >= 1; in training, as for `recalibrate`.
+        ValueError: If an argument is out of range; in training, as for `recalibrate`.
 
     Example:
 
@@ -102,6 +101,8 @@ class Recalibrate(_AfterTraining):
         verbose: int = 0,
     ) -> None:
         super().__init__(every)
+        check_reading(data, steps, batch_size)
+        check_verbose(verbose)
         self.data = data
         self.steps = steps
         self.batch_size = batch_size

@@ -6,6 +6,7 @@ import typing
 import keras
 from keras import ops
 
+from keras_bnrnn.checks import check_flag
 from keras_bnrnn.layers.cell import BNCell, changed_methods
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.replacement import Replacer, compile_like, warn_of_kept
@@ -95,6 +96,7 @@ def fold(
     >>> [type(layer).__name__ for layer in fold(model).layers]
     ['LSTM']
     """
+    check_flag("return_report", return_report)
     folding = _Folding("fold")
     require_built_graph(model, "`fold`")
     warn_of_nonfinite_batches(

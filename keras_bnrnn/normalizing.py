@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_bnrnn.calibration import population_statistics
+from keras_bnrnn.checks import check_flag
 from keras_bnrnn.layers import KINDS, BNCell
 from keras_bnrnn.layers.arguments import DEFAULTS, NormalizationArguments
 from keras_bnrnn.layers.rnn import BNRNN
@@ -108,7 +109,7 @@ def normalize_model(
         steps: Number of batches to use. These batches are kept in memory. Default: all
             batches. Endless data sets and iterators require `steps`.
         batch_size: Int, for arrays. Default: 32.
-        verbose: 1 (default) for a progress bar, 0 for silence.
+        verbose: 1 (default) for a progress bar, 2 for a line, 0 for silence.
         return_report: Whether to return the list of `NormalizedLayer` as well. Default:
             `False`.
         **normalization: Arguments of the new layers: `normalize`, `statistics`,
@@ -152,11 +153,13 @@ def normalize_model(
     True
     """
     if unknown := sorted(set(normalization) - set(DEFAULTS)):
+        received = [f"{name}={normalization[name]!r}" for name in unknown]
         raise ValueError(
-            "`normalize_model` passes arguments of normalisation to the new layers: "
-            f"{', '.join(DEFAULTS)}. All other arguments of a layer are those of the "
-            f"layer it replaces. Received: {', '.join(unknown)}"
+            "Arguments of `normalize_model` for the new layers must be those of "
+            f"normalisation: {', '.join(DEFAULTS)}. All other arguments of a layer are "
+            f"those of the layer it replaces. Received: {', '.join(received)}"
         )
+    check_flag("return_report", return_report)
     require_built_graph(model, "`normalize_model`")
     if not any(isinstance(part, keras.layers.RNN) for part in sublayers(model)):
         raise ValueError(

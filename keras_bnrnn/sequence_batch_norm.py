@@ -1,6 +1,5 @@
 """Defines `SequenceBatchNorm`: batch normalisation of sequences without padding."""
 
-import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,15 @@ from keras import ops
 
 from keras_bnrnn import backend, types
 from keras_bnrnn import statistics as stats
+from keras_bnrnn.checks import (
+    check_dtype,
+    check_flag,
+    check_numeric,
+    check_positive_number,
+    check_training,
+    is_number,
+    naming_arguments,
+)
 from keras_bnrnn.frames import Frames
 from keras_bnrnn.population import Population
 
@@ -109,7 +117,9 @@ class SequenceBatchNorm(keras.layers.Layer):
         beta_constraint: types.Constraint = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        with naming_arguments(kwargs):
+            super().__init__(**kwargs)
+        check_dtype(self.dtype_policy, kwargs.get("dtype"))
         if statistics not in ("sequence", "frame"):
             raise ValueError(
                 "`statistics` must be 'sequence' or 'frame'. "
@@ -117,7 +127,7 @@ class SequenceBatchNorm(keras.layers.Layer):
             )
         if population == "timestep":
             raise ValueError(
-                "`population='timestep'` is not available yet: use 'pooled'. "
+                "`population` must be 'pooled': 'timestep' is not available yet. "
                 f"Received: population={population!r}"
             )
         if population != "pooled":
@@ -126,17 +136,14 @@ class SequenceBatchNorm(keras.layers.Layer):
             )
         if max_timesteps is not None:
             raise ValueError(
-                "`max_timesteps` belongs to `population='timestep'`, which is not "
-                f"available yet. Received: max_timesteps={max_timesteps!r}"
+                "`max_timesteps` must be None: it belongs to `population='timestep'`, "
+                f"which is not available yet. Received: max_timesteps={max_timesteps!r}"
             )
         if not is_number(momentum) or not 0.0 <= momentum < 1.0:
             raise ValueError(
                 f"`momentum` must be in [0, 1). Received: momentum={momentum!r}"
             )
-        if not is_number(epsilon) or not epsilon > 0.0:
-            raise ValueError(
-                f"`epsilon` must be greater than 0. Received: epsilon={epsilon!r}"
-            )
+        check_positive_number("epsilon", epsilon)
         for name, flag in (
             ("center", center),
             ("scale", scale),
@@ -151,12 +158,13 @@ class SequenceBatchNorm(keras.layers.Layer):
         self.center = center
         self.scale = scale
         self.synchronized = synchronized
-        self.gamma_initializer = keras.initializers.get(gamma_initializer)
-        self.beta_initializer = keras.initializers.get(beta_initializer)
-        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
-        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
-        self.gamma_constraint = keras.constraints.get(gamma_constraint)
-        self.beta_constraint = keras.constraints.get(beta_constraint)
+        with naming_arguments(locals()):
+            self.gamma_initializer = keras.initializers.get(gamma_initializer)
+            self.beta_initializer = keras.initializers.get(beta_initializer)
+            self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
+            self.beta_regularizer = keras.regularizers.get(beta_regularizer)
+            self.gamma_constraint = keras.constraints.get(gamma_constraint)
+            self.beta_constraint = keras.constraints.get(beta_constraint)
         self.supports_masking = True
         self._population = None
 
@@ -224,6 +232,7 @@ class SequenceBatchNorm(keras.layers.Layer):
             ),
             self.momentum,
         )
+        self.input_spec = keras.layers.InputSpec(min_ndim=3, axes={-1: features})
 
     @property
     def nonfinite_batches(self) -> int:
@@ -247,6 +256,8 @@ class SequenceBatchNorm(keras.layers.Layer):
         mask: types.Tensor | None = None,
         training: bool | None = None,
     ) -> types.Tensor:
+        check_training(training)
+        check_numeric("inputs", inputs)
         x = ops.cast(inputs, self.statistics_dtype)
         valid = None if mask is None else self._valid_frames(mask, inputs)
         if self.uses_batch_statistics(training):
@@ -426,16 +437,6 @@ def warn_of_nonfinite_batches(norms):
         )
 
 
-def is_number(value):
-    """Returns whether a value is a real number, also of NumPy, and not a boolean."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def check_flag(name, value):
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
-
-
 def check_mask(mask, shape, may_be_full=False):
     """Raises an error if the shape of a mask does not match that of the inputs.
 
@@ -445,6 +446,7 @@ def check_mask(mask, shape, may_be_full=False):
         may_be_full: Whether the mask may also have the shape (B, T, ...) of the inputs
             without the features, as from `keras.layers.Masking`. Default: `False`.
     """
+    check_numeric("mask", mask)
     received = tuple(mask.shape)
     expected = {"(batch, timesteps)": tuple(shape[:2])}
     if may_be_full and len(shape) > 3:

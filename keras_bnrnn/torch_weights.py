@@ -62,6 +62,13 @@ def from_torch(
     >>> model = keras.Sequential([keras.Input((None, 3)), keras.layers.LSTM(2)])
     >>> model = from_torch(state_dict, model)
     """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            "`state_dict` must be a dict from names to arrays. "
+            f"Received: state_dict={state_dict!r}"
+        )
+    if not isinstance(prefix, str):
+        raise ValueError(f"`prefix` must be a string. Received: prefix={prefix!r}")
     parts = _read(state_dict, prefix)
     slots = _find_slots(layers)
     depth = len({index for index, _ in parts})
@@ -124,6 +131,10 @@ def _read(state_dict, prefix):
     """
     parts = {}
     for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"`state_dict` must have strings as keys. Received: {name!r}"
+            )
         if not name.startswith(prefix):
             continue
         short = name.removeprefix(prefix)
@@ -141,11 +152,11 @@ def _read(state_dict, prefix):
             )
         role, index, reverse = match.groups()
         part = parts.setdefault((int(index), reverse is not None), {})
-        part[role] = _array(value)
+        part[role] = _array(name, value)
     if not parts:
         raise ValueError(
-            f"`state_dict` has no name that starts with `prefix`. {_hint(state_dict)}. "
-            f"Received: prefix={prefix!r}"
+            "`state_dict` must have names that start with `prefix`. "
+            f"{_hint(state_dict)}. Received: prefix={prefix!r}"
         )
     _require_complete(parts, prefix)
     return parts
@@ -178,15 +189,45 @@ def _require_complete(parts, prefix):
                         "`state_dict` must have the weights of every layer and "
                         f"direction. Received: no {name!r}"
                     )
+    for part in parts.values():
+        _require_shapes(part, prefix)
 
 
-def _array(value):
+def _require_shapes(part, prefix):
+    """Raises an error if the weights of one direction do not fit together."""
+    shapes = {role: array.shape for role, array in part.items()}
+    recurrent, inputs = shapes["weight_hh"], shapes["weight_ih"]
+    fits = (
+        len(recurrent) == 2
+        and recurrent[1] > 0
+        and recurrent[0] % recurrent[1] == 0
+        and len(inputs) == 2
+        and inputs[0] == recurrent[0]
+    )
+    for role in ("bias_ih", "bias_hh"):
+        fits = fits and shapes.get(role, recurrent[:1]) == recurrent[:1]
+    if not fits:
+        raise ValueError(
+            "`state_dict` must have the shapes of torch.nn.LSTM, GRU or RNN: with G "
+            "gates, U units and D features weight_hh (G*U, U), weight_ih (G*U, D) and "
+            f"biases (G*U,). Received: {shapes} with prefix={prefix!r}"
+        )
+
+
+def _array(name, value):
     """Returns a float64 array of an array or a tensor, on any device."""
+    given = value
     for method in ("detach", "cpu", "double"):  # NumPy has no bfloat16
         value = getattr(value, method, lambda value=value: value)()
     if not hasattr(value, "__array__") and hasattr(value, "numpy"):
         value = value.numpy()
-    return np.asarray(value, "float64")
+    try:
+        return np.asarray(value, "float64")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`state_dict` must have arrays or tensors of numbers. "
+            f"Received: {name!r} with {given!r}"
+        ) from error
 
 
 class _Slot(typing.NamedTuple):
@@ -213,6 +254,11 @@ def _find_slots(layers):
             visit(layer.layers)
         elif isinstance(layer, keras.layers.TimeDistributed):
             visit(layer.layer)
+        elif not isinstance(layer, keras.layers.Layer):
+            raise ValueError(
+                "`layers` must be a layer, a list of layers or a model. "
+                f"Received: layers={layers!r}"
+            )
         elif id(layer) not in seen:
             seen.add(id(layer))
             slots.extend(_slots_of(layer))

@@ -108,8 +108,8 @@ def require_built_graph(model, purpose):
         )
     if not has_graph(model):
         raise ValueError(
-            f"{purpose} reads the graph of a Sequential or Functional model, and "
-            "a subclassed one has none: build it with the functional API. "
+            f"`model` must be Sequential or Functional for {purpose}, which reads its "
+            "graph: a subclassed model has none. Build it with the functional API. "
             f"Received: model={model.name!r} of class {type(model).__name__}"
         )
     if not model.built or not model.inputs:

@@ -64,5 +64,6 @@ def random_mask(rng, batch, timesteps):
 
 
 def gap(a, b):
-    """The largest absolute difference."""
-    return float(np.max(np.abs(np.asarray(a, "float64") - np.asarray(b, "float64"))))
+    """The largest absolute difference, 0 of empty arrays."""
+    differences = np.abs(np.asarray(a, "float64") - np.asarray(b, "float64"))
+    return float(np.max(differences, initial=0.0))

@@ -85,5 +85,7 @@ def test_evaluate_changes_nothing(model, rng):
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "1"])
 def test_bad_every(every):
-    with pytest.raises(ValueError, match=f"`every` must be an int >= 1.*{every!r}"):
+    with pytest.raises(
+        ValueError, match=f"`every` must be a positive integer.*{every!r}"
+    ):
         Recalibrate(np.zeros((2, 3, 4)), every=every)

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "keras_bnrnn"
 FLOORS = [
     "types",
     "extras",
+    "checks",
     "statistics",
     "backend",
     "traversal",

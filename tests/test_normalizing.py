@@ -546,7 +546,7 @@ def test_refused(rng):
             [keras.Input((D,)), layers.Dense(2)], name="dense_only"
         )
         normalize_model(dense, x)
-    with pytest.raises(ValueError, match=r"normalize, statistics.*Received: dtype, un"):
+    with pytest.raises(ValueError, match=r"statistics.*Received: dtype=.*, units=3"):
         normalize_model(model, x, dtype="float16", units=3)
     with pytest.raises(ValueError, match=r"`statistics`.*statistics='all'"):
         normalize_model(model, x, statistics="all")

@@ -1,5 +1,7 @@
 """Checks arguments for `export_saved_model`, `export_litert` and `export_onnx`."""
 
+import os
+
 from keras_bnrnn.traversal import sublayers
 
 
@@ -18,6 +20,14 @@ def refuse_stateful(model, advice=""):
                 f"set its weights. {advice}"
                 f"Received: layer {layer.name!r} with stateful=True"
             )
+
+
+def check_path(name, path):
+    """Raises ValueError if an argument is neither a string nor a path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            f"`{name}` must be a string or a path. Received: {name}={path!r}"
+        )
 
 
 def check_quantize(quantize):

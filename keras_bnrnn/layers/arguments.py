@@ -1,13 +1,12 @@
 """Defines the normalisation arguments of all cells and layers."""
 
 import inspect
-import numbers
 import typing
 
 import keras
 
 from keras_bnrnn import types
-from keras_bnrnn.sequence_batch_norm import check_flag, is_number
+from keras_bnrnn.checks import check_flag, is_integer, is_number
 
 
 class NormalizationArguments(typing.TypedDict, total=False):
@@ -129,8 +128,8 @@ def names_of(cls):
 def check_normalize(normalize, synchronized):
     if normalize == "recurrent":
         raise ValueError(
-            "`normalize='recurrent'` is not available yet: use 'input' or "
-            f"'joint'. Received: normalize={normalize!r}"
+            "`normalize` must be 'input' or 'joint': 'recurrent' is not available "
+            f"yet. Received: normalize={normalize!r}"
         )
     if normalize not in ("input", "joint"):
         raise ValueError(
@@ -151,10 +150,12 @@ def check_rate(name, rate):
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={rate!r}")
 
 
-def check_units(units):
-    if isinstance(units, bool) or not isinstance(units, numbers.Integral) or units < 1:
+def check_seed(seed):
+    is_generator = isinstance(seed, keras.random.SeedGenerator)
+    if seed is not None and not is_generator and not is_integer(seed):
         raise ValueError(
-            f"`units` must be a positive integer. Received: units={units!r}"
+            "`seed` must be an integer, a `keras.random.SeedGenerator` or None. "
+            f"Received: seed={seed!r}"
         )
 
 

@@ -6,17 +6,26 @@ import keras
 from keras import ops
 
 from keras_bnrnn import types
+from keras_bnrnn.checks import (
+    check_dtype,
+    check_flag,
+    check_numeric,
+    check_positive_integer,
+    check_states,
+    check_training,
+    naming_arguments,
+)
 from keras_bnrnn.layers.arguments import (
     DEFAULTS,
     check_normalize,
     check_rate,
-    check_units,
+    check_seed,
     with_normalization_arguments,
 )
 from keras_bnrnn.layers.keras_rnn import TrialStep, TriedCell, refuse_replicas
 from keras_bnrnn.layers.normalizers import BatchNormalizer, PopulationNormalizer
 from keras_bnrnn.recurrence import StepDerivative, Weights
-from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm, check_flag
+from keras_bnrnn.sequence_batch_norm import SequenceBatchNorm
 
 
 @with_normalization_arguments
@@ -65,16 +74,20 @@ class BNCell(TriedCell):
     gate_activations: tuple[tuple[str, str], ...] | None = None
 
     def __init__(self, units: int, **arguments: Any) -> None:
-        check_units(units)
+        check_positive_integer("units", units)
         normalization = {
             name: arguments.pop(name, default) for name, default in DEFAULTS.items()
         }
         # Before the stock cell clamps them or fails on them.
         for name in ("dropout", "recurrent_dropout"):
             check_rate(name, arguments.get(name, 0.0))
-        check_flag("use_bias", arguments.get("use_bias", True))
+        for name in ("use_bias", "unit_forget_bias", "reset_after"):
+            check_flag(name, arguments.get(name, True))
+        check_seed(arguments.get("seed"))
         # Stock cells take no integers of NumPy.
-        super().__init__(units=int(units), **arguments)
+        with naming_arguments(arguments):
+            super().__init__(units=int(units), **arguments)
+        check_dtype(self.dtype_policy, arguments.get("dtype"))
         self.normalize = normalization.pop("normalize")
         check_normalize(self.normalize, normalization["synchronized"])
         self.trial = TrialStep()
@@ -122,9 +135,15 @@ class BNCell(TriedCell):
         return self.bias_initializer
 
     def build(self, input_shape: types.Shape) -> None:
+        features = input_shape[-1]
+        if not features:
+            raise ValueError(
+                "The last dimension of `inputs` must be known, and not 0. "
+                f"Received: inputs of shape {tuple(input_shape)}"
+            )
         width = self.gates * self.units
         self.kernel = self.add_weight(
-            shape=(input_shape[-1], width),
+            shape=(features, width),
             name="kernel",
             initializer=self.kernel_initializer,
             regularizer=self.kernel_regularizer,
@@ -141,6 +160,7 @@ class BNCell(TriedCell):
             setattr(self, name, None)
         for site, width in self.sites(self.normalize).items():
             self.norms[site].build((None, None, width))
+        self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: features})
         self.built = True
 
     def step(
@@ -224,6 +244,10 @@ class BNCell(TriedCell):
         its cell, so the statistics include padding. The layer of the cell, such as
         `BNLSTM`, leaves padding out.
         """
+        check_training(training)
+        check_numeric("inputs", inputs)
+        sizes = keras.tree.flatten(self.state_size)
+        check_states("states", states, sizes, inputs.shape[0])
         nested = isinstance(states, (list, tuple))
         states = list(states) if nested else [states]
         if training and self.dropout:

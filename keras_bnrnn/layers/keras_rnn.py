@@ -15,6 +15,13 @@ import keras
 from keras import ops
 
 from keras_bnrnn import backend, types
+from keras_bnrnn.checks import (
+    check_flag,
+    check_numeric,
+    check_states,
+    check_training,
+    naming_arguments,
+)
 
 
 class TrialStep:
@@ -116,10 +123,20 @@ class LoopLayer(keras.layers.RNN):
     drops_states: bool = False
 
     def __init__(self, cell: Any, **arguments: Any) -> None:
-        super().__init__(cell, **arguments)
+        for name in FLAGS:
+            check_flag(name, arguments.get(name, False))
+        with naming_arguments(arguments):
+            super().__init__(cell, **arguments)
         self.input_spec = keras.layers.InputSpec(ndim=3)
         # Keras 3.16 sets it to False in `RNN`. The next layer would then count padding.
         self.supports_masking = True
+
+    def build(
+        self, sequences_shape: types.Shape, initial_state_shape: Any = None
+    ) -> None:
+        super().build(sequences_shape, initial_state_shape)
+        axes = {-1: sequences_shape[-1]}
+        self.input_spec = keras.layers.InputSpec(ndim=3, axes=axes)
 
     def call(
         self,
@@ -128,7 +145,16 @@ class LoopLayer(keras.layers.RNN):
         mask: types.Tensor | None = None,
         training: bool | None = False,
     ) -> Any:
+        check_training(training)
+        check_numeric("sequences", sequences)
         require_timesteps(sequences, self.name)
+        if initial_state is not None:
+            sizes = keras.tree.flatten(self.cell.state_size)
+            check_states("initial_state", initial_state, sizes, sequences.shape[0])
+        if isinstance(mask, (list, tuple)) and len(mask) == 1:
+            (mask,) = mask  # as in `keras.layers.RNN`
+        if mask is not None:
+            check_numeric("mask", mask)
         # `TimeDistributed` calls `call` itself, without the cast of `__call__`.
         sequences = ops.cast(sequences, self.compute_dtype)
         self.cell.drops_nothing = not training
@@ -160,6 +186,16 @@ class LoopLayer(keras.layers.RNN):
             or (B, 1, U) without `return_sequences`, and the list of states.
         """
         raise NotImplementedError
+
+
+FLAGS = (
+    "return_sequences",
+    "return_state",
+    "go_backwards",
+    "stateful",
+    "unroll",
+    "zero_output_for_mask",
+)
 
 
 def is_inside_rnn_call():

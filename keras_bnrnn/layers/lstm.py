@@ -10,6 +10,7 @@ from keras.backend import standardize_dtype
 
 from keras_bnrnn import backend, types
 from keras_bnrnn.backend import value_and_slope
+from keras_bnrnn.checks import check_flag
 from keras_bnrnn.layers.activations import bounded, elementwise
 from keras_bnrnn.layers.arguments import (
     NormalizationArguments,
@@ -19,7 +20,6 @@ from keras_bnrnn.layers.arguments import (
 from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative, Weights
-from keras_bnrnn.sequence_batch_norm import check_flag
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

@@ -3,7 +3,8 @@
 import os
 import pathlib
 
-from keras_bnrnn.export.arguments import refuse_stateful
+from keras_bnrnn.checks import check_flag, check_positive_number
+from keras_bnrnn.export.arguments import check_path, refuse_stateful
 from keras_bnrnn.export.directory import refuse_existing_file
 from keras_bnrnn.traversal import require_built_graph, sublayers
 
@@ -27,6 +28,8 @@ def require_float32_graph(model, purpose):
 
 def checked_path(path, suffix, overwrite):
     """Checks the path of the file to write and returns it as a `pathlib.Path`."""
+    check_path("path", path)
+    check_flag("overwrite", overwrite)
     path = pathlib.Path(path)
     if path.suffix != suffix or path.is_dir():
         raise ValueError(
@@ -46,10 +49,5 @@ def checked_tolerance(tolerance, default):
     """Checks and returns a tolerance, or returns `default` if it is `None`."""
     if tolerance is None:
         return default
-    if isinstance(tolerance, bool) or not (
-        isinstance(tolerance, (int, float)) and tolerance > 0
-    ):
-        raise ValueError(
-            f"`tolerance` must be a positive number. Received: tolerance={tolerance!r}"
-        )
+    check_positive_number("tolerance", tolerance)
     return tolerance

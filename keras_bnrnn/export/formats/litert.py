@@ -7,6 +7,7 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
+from keras_bnrnn.checks import check_flag, check_positive_integer
 from keras_bnrnn.export.arguments import check_quantize
 from keras_bnrnn.export.directory import publish_file
 from keras_bnrnn.export.formats.arguments import (
@@ -105,6 +106,7 @@ def export_litert(
     require_extra("export_litert", "litert", ["ai_edge_litert.interpreter"])
     require_float32_graph(model, "`export_litert`")
     path = checked_path(path, ".tflite", overwrite)
+    check_flag("fused_lstm", fused_lstm)
     check_quantize(quantize)
     tolerance = checked_tolerance(tolerance, 1e-4 if quantize is None else 1e-2)
 
@@ -133,13 +135,7 @@ def _checked_batch_size(batch_size, interface):
     fixed = interface.batch_size
     if batch_size is None:
         return 1 if fixed is None else fixed
-    if isinstance(batch_size, bool) or not (
-        isinstance(batch_size, int) and batch_size > 0
-    ):
-        raise ValueError(
-            "`batch_size` must be a positive integer or None. "
-            f"Received: batch_size={batch_size!r}"
-        )
+    check_positive_integer("batch_size", batch_size, optional=True)
     if fixed not in (None, batch_size):
         raise ValueError(
             f"`batch_size` must be {fixed}, the batch size of the model's inputs. "

@@ -5,6 +5,7 @@ import pathlib
 
 import keras
 
+from keras_bnrnn.checks import is_integer
 from keras_bnrnn.export.directory import publish_file
 from keras_bnrnn.export.formats.arguments import (
     checked_path,
@@ -50,7 +51,8 @@ def export_onnx(
         model: A built Sequential or Functional model that computes in float32, with an
             input of shape (B, T, ...). The model is not changed.
         path: Path of the file. Must end in `.onnx`; the parent directory must exist.
-        opset_version: Int, the version of the ONNX operator set. `None` (default): the
+        opset_version: Int from 7 to the last version that the converter knows (18 in
+            tf2onnx 1.17), the version of the ONNX operator set. `None` (default): the
             default of the converter, 15.
         tolerance: The largest difference that passes, relative to the largest output if
             that output exceeds 1. Default: 1e-4.
@@ -83,13 +85,7 @@ def export_onnx(
     require_extra("export_onnx", "onnx", ["tf2onnx", "onnx", "onnxruntime"])
     require_float32_graph(model, "`export_onnx`")
     path = checked_path(path, ".onnx", overwrite)
-    if opset_version is not None and (
-        isinstance(opset_version, bool) or not isinstance(opset_version, int)
-    ):
-        raise ValueError(
-            "`opset_version` must be an integer or None. "
-            f"Received: opset_version={opset_version!r}"
-        )
+    _check_opset_version(opset_version)
     tolerance = checked_tolerance(tolerance, 1e-4)
 
     folded = fold(model)
@@ -105,6 +101,19 @@ def export_onnx(
 
     with explaining("ONNX"):
         return publish_file(path, overwrite, write)
+
+
+def _check_opset_version(opset_version):
+    from tf2onnx.constants import OPSET_TO_IR_VERSION
+
+    # The operator `LSTM` has its present form since version 7.
+    first, last = 7, max(OPSET_TO_IR_VERSION)
+    fits = is_integer(opset_version) and first <= opset_version <= last
+    if opset_version is not None and not fits:
+        raise ValueError(
+            f"`opset_version` must be an integer from {first} to {last}, or None. "
+            f"Received: opset_version={opset_version!r}"
+        )
 
 
 def _name_free_sizes(file, interface):

@@ -17,13 +17,16 @@ from keras_bnrnn.export.saved_model.arguments import (
     check_lengths,
     check_provenance,
     check_streaming,
+    check_text_front_end,
     check_version,
+    check_warmup,
     check_xla_warmup,
 )
 from keras_bnrnn.export.saved_model.functions import (
     SERVE,
     XLA,
     all_functions,
+    check_signatures,
     traced_functions,
 )
 from keras_bnrnn.export.saved_model.requests import example_requests
@@ -196,6 +199,9 @@ def export_saved_model(
     check_provenance(provenance)
     xla_buckets = check_buckets(xla_buckets)
     check_xla_warmup(xla_warmup, xla_buckets)
+    check_text_front_end(text_front_end)
+    check_signatures(signatures, text_front_end)
+    check_warmup(warmup)
     check_directory(directory)
     directory = pathlib.Path(directory)
     if version is not None:

@@ -24,6 +24,35 @@ SERVE, XLA, STEP, CHUNK, INITIAL_STATE, TEXT, GENERATE = OWN_SIGNATURES = (
 )
 
 
+def check_signatures(signatures, text_front_end):
+    """Checks the names of further signatures, and that they are given by functions.
+
+    Args:
+        signatures, text_front_end: Arguments of `export_saved_model`.
+    """
+    if signatures is None:
+        return
+    if not isinstance(signatures, dict):
+        raise ValueError(
+            "`signatures` must be a dict from names to functions, or None. "
+            f"Received: signatures={signatures!r}"
+        )
+    taken = {*OWN_SIGNATURES, DEFAULT_SIGNATURE}
+    if text_front_end is None:
+        taken -= {TEXT, GENERATE}
+    for name, make in signatures.items():
+        if name in taken or not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(
+                "A name in `signatures` must be an identifier other than "
+                f"{sorted(taken)}. Received: {name!r}"
+            )
+        if not callable(make):
+            raise ValueError(
+                "`signatures` must have functions as values. "
+                f"Received: signatures[{name!r}]={make!r}"
+            )
+
+
 def traced_functions(served, streaming):
     """Traces `serve` and, unless `streaming` is `False`, `step`.
 
@@ -80,14 +109,6 @@ def all_functions(served, traced, causal, text_front_end, signatures, xla_bucket
     if text_front_end is not None:
         root.parts.update(text_signatures(served, text_front_end, causal))
     for name, make in (signatures or {}).items():
-        taken = {*OWN_SIGNATURES, DEFAULT_SIGNATURE}
-        if text_front_end is None:
-            taken -= {TEXT, GENERATE}
-        if name in taken or not str(name).isidentifier():
-            raise ValueError(
-                "A name in `signatures` must be an identifier other than "
-                f"{sorted(taken)}. Received: {name!r}"
-            )
         root.parts[name] = make(served.predict)
     for name, part in root.parts.items():
         functions[name] = getattr(part, "__call__", None)  # noqa: B004
