@@ -15,6 +15,10 @@ _INIT_OP = "__saved_model_init_op"
 # gRPC sends an error in a header. TensorFlow Serving has the same limit.
 _MAX_ERROR_LENGTH = 1024
 
+# The size of a string of TensorFlow, `tstring`. The limit of the request bounds the
+# bytes in it.
+_STRING_BYTES = 24
+
 # The largest rank of a tensor in TensorFlow.
 _MAX_RANK = 254
 
@@ -177,8 +181,7 @@ def _read_tensor(proto, name, info, max_bytes):
         raise invalid_argument(
             f"`{name}` must have the shape {shape}. Received: shape={sizes}"
         )
-    # Strings count as one byte each: the limit of the request bounds their bytes.
-    if math.prod(sizes) * max(expected.size or 1, 1) > max_bytes:
+    if math.prod(sizes) * (expected.size or _STRING_BYTES) > max_bytes:
         raise tf.errors.ResourceExhaustedError(
             None,
             None,
