@@ -3,7 +3,7 @@
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_bnrnn import backend, types
 from keras_bnrnn import statistics as stats
+from keras_bnrnn.config import explained
 from keras_bnrnn.frames import Frames
 from keras_bnrnn.population import Population
 
@@ -407,6 +408,11 @@ class SequenceBatchNorm(keras.layers.Layer):
             "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
             "beta_constraint": keras.constraints.serialize(self.beta_constraint),
         }
+
+    @classmethod
+    def from_config(cls, config: types.Config) -> Self:
+        with explained(cls, config):
+            return super().from_config(config)
 
 
 def warn_of_nonfinite_batches(norms):

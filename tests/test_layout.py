@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "keras_bnrnn"
 # From the bottom up. A module imports only what stands before it.
 FLOORS = [
     "types",
+    "config",
     "statistics",
     "backend",
     "traversal",

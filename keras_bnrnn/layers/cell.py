@@ -1,11 +1,12 @@
 """Defines `BNCell`, the base of all batch-normalised cells."""
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 from keras import ops
 
 from keras_bnrnn import types
+from keras_bnrnn.config import explained
 from keras_bnrnn.layers.arguments import (
     DEFAULTS,
     check_normalize,
@@ -320,6 +321,11 @@ class BNCell(TriedCell):
         config |= {name: getattr(self, name) for name in ARGUMENTS_OF_NORM}
         initializer = keras.initializers.serialize(self.gamma_initializer)
         return {**config, "gamma_initializer": initializer}
+
+    @classmethod
+    def from_config(cls, config: types.Config) -> Self:
+        with explained(cls, config):
+            return super().from_config(config)
 
 
 def _of_norm(name):

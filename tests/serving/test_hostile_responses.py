@@ -9,7 +9,6 @@ import threading
 import time
 import zlib
 
-import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -241,11 +240,11 @@ class TestRest:
     def test_wrong_metadata_and_status(self, double):
         good = metadata({"y": [-1]})
         tensor = good["metadata"]["signature_def"]["signature_def"]["text"]["inputs"]
-        for name, change in [
-            ("version", lambda: good["model_spec"].update(version="x")),
-            ("size", lambda: tensor["x"]["tensor_shape"].update(dim=[{"size": "x"}])),
-            ("shape", lambda: tensor["x"].pop("tensor_shape")),
-            ("signatures", lambda: good["metadata"].update(signature_def=[])),
+        for change in [
+            lambda: tensor["x"]["tensor_shape"].update(dim=[{"size": "x"}]),
+            lambda: tensor["x"].pop("tensor_shape"),
+            lambda: good["metadata"].update(signature_def=[]),
+            lambda: good.pop("metadata"),
         ]:
             change()
             double.metadata = http(json.dumps(good).encode())
@@ -254,7 +253,6 @@ class TestRest:
                 pytest.raises(InvalidResponse, match="cannot be read"),
             ):
                 client.metadata()
-            assert name
         for state in ([], [{"version": "1"}], "x", None):
             content = json.dumps({"model_version_status": state}).encode()
             double.metadata = http(content)
@@ -276,7 +274,6 @@ class TestRest:
             double.answer = [answer]
             with connect(double) as client:
                 assert client.predict({"x": [1]})["y"].tolist() == [[1, 2]]
-                client.max_response_bytes = None
         with (
             connect(double, max_response_bytes=MAX_BYTES - 1) as client,
             pytest.raises(InvalidResponse, match=f"at most {MAX_BYTES - 1} bytes"),
@@ -492,11 +489,9 @@ class TestGrpc:
             client.predict({"x": [1]})
 
     def test_message_that_is_too_large(self, service, client):
-        respond(service, [1], np.ones(MAX_BYTES))
-        for kwargs, limit in [
-            ({}, 64 * 1024**2),
-            ({"max_response_bytes": 10**6}, 10**6),
-        ]:
+        for limit in (64 * 1024**2, 10**6):
+            # The first is the default.
+            kwargs = {"max_response_bytes": limit} if limit == 10**6 else {}
             respond(service, [2], tensor_content=bytes(limit + 1))
             with (
                 ServingClient("m", grpc_target=service.target, **kwargs) as limited,
