@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -19,6 +19,7 @@ from keras_bnrnn.checks import (
     is_number,
     naming_arguments,
 )
+from keras_bnrnn.config import explained
 from keras_bnrnn.frames import Frames
 from keras_bnrnn.population import Population
 
@@ -418,6 +419,11 @@ class SequenceBatchNorm(keras.layers.Layer):
             "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
             "beta_constraint": keras.constraints.serialize(self.beta_constraint),
         }
+
+    @classmethod
+    def from_config(cls, config: types.Config) -> Self:
+        with explained(cls, config):
+            return super().from_config(config)
 
 
 def warn_of_nonfinite_batches(norms):

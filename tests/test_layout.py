@@ -13,6 +13,7 @@ FLOORS = [
     "types",
     "extras",
     "checks",
+    "config",
     "statistics",
     "backend",
     "traversal",

@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from keras_bnrnn.export.directory import find_versions
-from keras_bnrnn.export.manifest import MANIFEST, describe
+from keras_bnrnn.export.manifest import describe, read_manifest
 from keras_bnrnn.export.operations import why_not_served
 from keras_bnrnn_cli import arguments
 
@@ -22,7 +22,7 @@ def run(args):
 
     Returns:
         int, the exit status: 1 if stock TensorFlow Serving lacks an operation, 2 if
-        the directory holds no SavedModel, otherwise 0.
+        the directory holds no SavedModel or a damaged one, otherwise 0.
     """
     try:
         found = inspect_version(args.directory)
@@ -32,7 +32,7 @@ def run(args):
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(_lines(found)))
+        print(_printable("\n".join(_lines(found))))
     return 1 if found["lacking"] else 0
 
 
@@ -49,29 +49,22 @@ def inspect_version(directory):
         dict from each operation that stock TensorFlow Serving lacks to the reason.
 
     Raises:
-        ValueError: If the directory holds no SavedModel, or `keras_bnrnn.json` is not
-            JSON.
+        ValueError: If the directory holds no SavedModel, or if `saved_model.pb` or
+            `keras_bnrnn.json` is damaged or has a newer format.
     """
     directory = pathlib.Path(directory)
     path = directory
     if directory.is_dir() and not (directory / "saved_model.pb").exists():
         *_, path = directory, *find_versions(directory).values()
     found = describe(path)
-    manifest = {}
-    if (path / MANIFEST).exists():
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{MANIFEST} must be JSON. Received: {path / MANIFEST}, which fails "
-                f"with: {error}"
-            ) from error
+    manifest = read_manifest(path)
     lacking = {
         name: reason
         for name in found["operations"]
         if (reason := why_not_served(name)) is not None
     }
-    return {"path": str(path), **manifest, **found, "lacking": lacking}
+    # What the SavedModel and its place say counts more than the manifest.
+    return {**manifest, **found, "path": str(path), "lacking": lacking}
 
 
 def _lines(found):
@@ -141,6 +134,11 @@ def _lines(found):
         yield f"\nStock TensorFlow Serving lacks {', '.join(found['lacking'])}."
     else:
         yield "\nStock TensorFlow Serving has every operation."
+
+
+def _printable(text):
+    """Replaces control characters in names, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def _shape(shape):

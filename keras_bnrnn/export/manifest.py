@@ -1,4 +1,4 @@
-"""Writes `keras_bnrnn.json`, which describes a version and its origin."""
+"""Writes and reads `keras_bnrnn.json`, which describes a version and its origin."""
 
 import datetime
 import importlib.metadata
@@ -17,6 +17,11 @@ from keras_bnrnn.export.operations import (
 from keras_bnrnn.traversal import sublayers
 
 MANIFEST = "keras_bnrnn.json"
+
+# The number of the format. It rises when a reader of the old format would misread the
+# new one; further entries do not raise it.
+FORMAT = 1
+
 INTERNAL = ("NoOp", "__saved_model")
 
 
@@ -50,6 +55,7 @@ def write_manifest(
     version_directory = pathlib.Path(version_directory)
     found = describe(version_directory)
     manifest = {
+        "format": FORMAT,
         "model": model.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(found["operations"], [*sublayers(model), tokenizer]),
@@ -66,8 +72,95 @@ def write_manifest(
     (version_directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+def read_manifest(version_directory):
+    """Reads the manifest of a version.
+
+    Args:
+        version_directory: Path of the SavedModel.
+
+    Returns:
+        Dict of the entries that `write_manifest` wrote; empty if there is no manifest.
+
+    Raises:
+        ValueError: If the manifest is damaged, or has a newer format.
+    """
+    path = pathlib.Path(version_directory) / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, "be JSON", f"a file that fails with: {error}") from error
+    if not isinstance(manifest, dict):
+        raise _damaged(path, "be a JSON object", f"a {type(manifest).__name__}")
+    # The first manifests have no number.
+    number = manifest.setdefault("format", FORMAT)
+    _check_entry(path, "format", number, int)
+    if number > FORMAT:
+        raise ValueError(
+            f"`{MANIFEST}` must have the format {FORMAT} at most. Received: format "
+            f"{number} in {str(path)!r}. A newer version of keras_bnrnn wrote it: "
+            "install that version, `pip install --upgrade keras-bnrnn`"
+        )
+    _check_entry(path, "", manifest, _ENTRIES)
+    return manifest
+
+
+_NAME = (str, None)
+
+# The entries that every manifest has, and their types; `(type, None)` may be `None`.
+_ENTRIES = {
+    "model": str,
+    "created": str,
+    "versions": dict,
+    "layers": [
+        {"name": str, "layer": str, "folded_into": _NAME, "kept_because": _NAME}
+    ],
+    "lengths": bool,
+    "streaming": {"causal": bool, "because": _NAME},
+    "quantize": ({"float16": list, "float32": list}, None),
+    "xla_buckets": list,
+    "training": dict,
+    "checks": {"largest_difference": float, "warmup_requests": int},
+}
+
+
+def _check_entry(path, place, value, expected):
+    """Raises ValueError if a value of a manifest does not have the expected type."""
+    if isinstance(expected, tuple):
+        expected, _ = expected  # or `None`
+        if value is None:
+            return
+    kind = expected if isinstance(expected, type) else type(expected)
+    if kind is float and isinstance(value, int):
+        return  # JSON does not tell them apart
+    if not isinstance(value, kind):
+        received = json.dumps(value)[:80]
+        raise _damaged(path, f"have a {kind.__name__} as `{place}`", received)
+    if isinstance(expected, list):
+        for index, item in enumerate(value):
+            _check_entry(path, f"{place}[{index}]", item, expected[0])
+    if isinstance(expected, dict):
+        for key, inner in expected.items():
+            inside = f"{place}.{key}" if place else key
+            if key not in value:
+                raise _damaged(path, f"have `{inside}`", f"the keys {list(value)}")
+            _check_entry(path, inside, value[key], inner)
+
+
+def _damaged(path, wanted, received):
+    return ValueError(
+        f"`{MANIFEST}` must {wanted}. Received: {received} in {str(path)!r}. The file "
+        "is damaged: export or copy the version again"
+    )
+
+
 def describe(version_directory):
-    """Reads the signatures, operations and sizes of any SavedModel."""
+    """Reads the signatures, operations and sizes of any SavedModel.
+
+    Raises:
+        ValueError: If the directory holds no SavedModel, or a damaged one.
+    """
     version_directory = pathlib.Path(version_directory)
     proto = saved_model_proto(version_directory)
     signatures = {
@@ -93,13 +186,20 @@ def describe(version_directory):
 def _tensors(infos):
     return {
         name: {
-            "dtype": tf.as_dtype(info.dtype).name,
+            "dtype": _dtype_name(info.dtype),
             "shape": None
             if info.tensor_shape.unknown_rank
             else [None if d.size < 0 else d.size for d in info.tensor_shape.dim],
         }
         for name, info in sorted(infos.items())
     }
+
+
+def _dtype_name(number):
+    try:
+        return tf.as_dtype(number).name
+    except TypeError:
+        return f"dtype {number}"  # of a newer TensorFlow, or of a damaged file
 
 
 def _size(path):

@@ -11,15 +11,19 @@ def saved_model_proto(version_directory):
     """Reads the `SavedModel` proto of a version.
 
     Raises:
-        ValueError: If the directory holds no SavedModel.
+        ValueError: If the directory holds no SavedModel, or a damaged one.
     """
     path = pathlib.Path(version_directory) / "saved_model.pb"
     try:
-        return saved_model_pb2.SavedModel.FromString(path.read_bytes())
+        proto = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+        if not proto.meta_graphs:
+            raise ValueError("saved_model.pb has no graph")
+        return proto
     except Exception as error:
         raise ValueError(
             "A version must hold a SavedModel. "
-            f"Received: {str(version_directory)!r}, which fails with: {error}"
+            f"Received: {str(version_directory)!r}, which fails with: {error}. Export "
+            "or copy the version again"
         ) from error
 
 

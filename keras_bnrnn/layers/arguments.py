@@ -98,33 +98,6 @@ def given(scope):
     return {**arguments, **scope["normalization"]}
 
 
-def names_of(cls):
-    """Lists the names of the arguments of a class.
-
-    The arguments that it passes on to its base classes are included, except those of
-    `keras.layers.Layer`.
-    """
-    names = []
-    for base in cls.__mro__:
-        if base is keras.layers.Layer:
-            break
-        if "__init__" not in vars(base):
-            continue
-        _, *parameters = inspect.signature(base.__init__).parameters.values()
-        passes_on = False
-        for parameter in parameters:
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                passes_on = True
-            elif (
-                parameter.kind is not inspect.Parameter.VAR_POSITIONAL
-                and parameter.name not in names
-            ):
-                names.append(parameter.name)
-        if not passes_on:
-            break
-    return names
-
-
 def check_normalize(normalize, synchronized):
     if normalize == "recurrent":
         raise ValueError(

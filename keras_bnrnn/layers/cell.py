@@ -1,6 +1,6 @@
 """Defines `BNCell`, the base of all batch-normalised cells."""
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 from keras import ops
@@ -15,6 +15,7 @@ from keras_bnrnn.checks import (
     check_training,
     naming_arguments,
 )
+from keras_bnrnn.config import explained
 from keras_bnrnn.layers.arguments import (
     DEFAULTS,
     check_normalize,
@@ -368,6 +369,11 @@ class BNCell(TriedCell):
         config |= {name: getattr(self, name) for name in ARGUMENTS_OF_NORM}
         initializer = keras.initializers.serialize(self.gamma_initializer)
         return {**config, "gamma_initializer": initializer}
+
+    @classmethod
+    def from_config(cls, config: types.Config) -> Self:
+        with explained(cls, config):
+            return super().from_config(config)
 
 
 def _of_norm(name):

@@ -7,8 +7,9 @@ import keras
 from keras import ops
 
 from keras_bnrnn import backend, types
+from keras_bnrnn.config import explained, names_of
 from keras_bnrnn.frames import Frames, at_end
-from keras_bnrnn.layers.arguments import check_use_cudnn, names_of
+from keras_bnrnn.layers.arguments import check_use_cudnn
 from keras_bnrnn.layers.cell import (
     BNCell,
     GatesError,
@@ -447,7 +448,10 @@ class BNRNN(LoopLayer):
 
     @classmethod
     def from_config(cls, config: types.Config) -> Self:
-        return super().from_config(config) if cls.cell_class is None else cls(**config)
+        with explained(cls, config):
+            if cls.cell_class is None:
+                return super().from_config(config)
+            return cls(**config)
 
 
 def _of_cell(name):

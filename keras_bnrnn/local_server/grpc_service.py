@@ -21,8 +21,8 @@ _logger = logging.getLogger(__name__)
 # More threads than cores, since threads wait for TensorFlow.
 _THREADS = 32
 
-# gRPC sends an error in a header. TensorFlow Serving has the same limit.
-_MAX_ERROR_LENGTH = 1024
+# Requests that run or wait for a thread; further ones fail with RESOURCE_EXHAUSTED.
+_MAX_REQUESTS = 256
 
 
 def make_server(models, metrics, address, max_request_bytes):
@@ -46,6 +46,7 @@ def make_server(models, metrics, address, max_request_bytes):
             _THREADS, "keras_bnrnn.local_server.grpc"
         ),
         interceptors=[_Parser()],
+        maximum_concurrent_rpcs=_MAX_REQUESTS,
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", -1),
@@ -87,9 +88,7 @@ def _answered(method):
                 code = grpc.StatusCode.INTERNAL
                 details = f"{type(error).__name__}: {error}"
             record.status = code.name
-        if len(details) > _MAX_ERROR_LENGTH:
-            details = details[:_MAX_ERROR_LENGTH] + "...TRUNCATED"
-        context.abort(code, details)
+        context.abort(code, predict.shorten(details))
 
     return answer
 

@@ -12,6 +12,16 @@ from tensorflow.core.framework import types_pb2
 DEFAULT_SIGNATURE = "serving_default"
 _INIT_OP = "__saved_model_init_op"
 
+# gRPC sends an error in a header. TensorFlow Serving has the same limit.
+_MAX_ERROR_LENGTH = 1024
+
+# The size of a string of TensorFlow, `tstring`. The limit of the request bounds the
+# bytes in it.
+_STRING_BYTES = 24
+
+# The largest rank of a tensor in TensorFlow.
+_MAX_RANK = 254
+
 
 def find_signature(request, signatures):
     """Finds the signature of a request.
@@ -142,6 +152,13 @@ _FIELDS = {
 }
 
 
+def shorten(message):
+    """Cuts the text of an error, which may quote a large part of a request."""
+    if len(message) <= _MAX_ERROR_LENGTH:
+        return message
+    return message[:_MAX_ERROR_LENGTH] + "...TRUNCATED"
+
+
 def invalid_argument(message):
     """Returns the error for an invalid request."""
     return tf.errors.InvalidArgumentError(None, None, message)
@@ -154,6 +171,8 @@ def _read_tensor(proto, name, info, max_bytes):
             f"{_dtype_name(proto.dtype)} is provided"
         )
     expected = tf.as_dtype(info.dtype)
+    if len(proto.tensor_shape.dim) > _MAX_RANK:
+        raise invalid_argument(f"tensor parsing error: {name}")
     sizes = [dim.size for dim in proto.tensor_shape.dim]
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in sizes):
         raise invalid_argument(f"tensor parsing error: {name}")
@@ -162,8 +181,7 @@ def _read_tensor(proto, name, info, max_bytes):
         raise invalid_argument(
             f"`{name}` must have the shape {shape}. Received: shape={sizes}"
         )
-    # Strings count as one byte each: the limit of the request bounds their bytes.
-    if math.prod(sizes) * max(expected.size or 1, 1) > max_bytes:
+    if math.prod(sizes) * (expected.size or _STRING_BYTES) > max_bytes:
         raise tf.errors.ResourceExhaustedError(
             None,
             None,

@@ -17,19 +17,24 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
+from keras_bnrnn.local_server import predict
+
 
 class RestError(Exception):
     """An HTTP response with a status other than 200.
 
     Args:
         status: int, the HTTP status.
-        message: str, the value of `error` in the response; `None` for an empty body.
+        message: str, the value of `error` in the response, which is cut after 1024
+            characters; `None` for an empty body.
+        closes: bool, whether the server closes the connection. Default: `False`.
     """
 
-    def __init__(self, status, message):
+    def __init__(self, status, message, closes=False):
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = None if message is None else predict.shorten(message)
+        self.closes = closes
 
 
 @dataclasses.dataclass
@@ -261,8 +266,11 @@ def _parse_float(text):
 
 
 def _parse_int(text):
+    # An integer of more than 64 bits becomes a float. It is not parsed as an integer,
+    # since Python limits the number of digits.
+    if len(text) > len(str(2**64)):
+        return _parse_float(text)
     value = int(text)
-    # An integer of more than 64 bits becomes a float.
     return value if -(2**63) <= value < 2**64 else _parse_float(text)
 
 
@@ -284,7 +292,8 @@ def _to_array(value, name, info):
     if not expected.is_compatible_with(shape) or len(shape) > 32:
         raise RestError(
             400,
-            f"`{name}` must have the shape {expected}. Received: shape={list(shape)}",
+            f"`{name}` must have the shape {expected}. "
+            f"Received: shape={_short(list(shape))}",
         )
     leaves = _flatten(value, nesting, name)
     dtype = tf.dtypes.as_dtype(info.dtype)
@@ -454,7 +463,9 @@ def _names(mapping):
 
 
 def _short(value, length=80):
-    text = json.dumps(value)
+    # Only the first parts of the text are made: `value` may be large or nested deeply.
+    parts = itertools.islice(json.JSONEncoder().iterencode(value), length + 1)
+    text = "".join(parts)
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

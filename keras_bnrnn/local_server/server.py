@@ -1,6 +1,8 @@
 """Defines `ModelServer`: its arguments, HTTP routes, start and stop."""
 
+import asyncio
 import logging
+import re
 import socket
 import threading
 import time
@@ -33,6 +35,19 @@ _logger = logging.getLogger(__name__)
 
 # Time for requests in progress to finish after `stop()`.
 _GRACE_SECONDS = 30
+
+# Time for the body of a request to arrive.
+_BODY_SECONDS = 60
+
+# Time for the next request on a connection to begin.
+_IDLE_SECONDS = 5
+
+# With this number of connections or more, uvicorn answers each request with 503. It is
+# below 1024, the usual limit of open files of a process.
+_MAX_CONNECTIONS = 512
+
+# h11 refuses request lines and headers that are incomplete at this size.
+_MAX_HEADER_BYTES = 16 * 1024
 
 # The `wbits` of zlib for the gzip format.
 _GZIP = 31
@@ -295,6 +310,14 @@ class ModelServer:
             lifespan="off",
             log_config=None,
             access_log=False,
+            # Named, because another installed package would change them: httptools
+            # has no limit on headers.
+            http="h11",
+            ws="none",
+            proxy_headers=False,
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
         self._server = uvicorn.Server(config)
@@ -328,7 +351,7 @@ class ModelServer:
         ]
         routes = [
             Route(model + which + suffix, self._answered(name, call), methods=[verb])
-            for which in ("", "/versions/{version:int}", "/labels/{label}")
+            for which in ("", "/versions/{version}", "/labels/{label}")
             for suffix, verb, name, call in endpoints
         ]
         routes += [
@@ -342,7 +365,7 @@ class ModelServer:
             routes=routes, exception_handlers={HTTPException: _answer_unknown_path}
         )
         app.router.redirect_slashes = False
-        return app
+        return _refuse_two_lengths(app)
 
     def _answered(self, method, call):
         """Wraps an endpoint: counts requests, and turns errors into responses."""
@@ -388,19 +411,28 @@ class ModelServer:
         return Response(content, media_type=media_type)
 
     async def _read(self, request):
-        chunks, size = [], 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            # Reads and discards the rest of a body that is too large. A response before
-            # the end of the body would reset the connection, and the client might not
-            # receive the error.
-            if size > self.max_request_bytes:
-                chunks.clear()
-            else:
-                chunks.append(chunk)
+        body, size = bytearray(), 0
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    # Reads and discards the rest of a body that is too large. A
+                    # response before the end of the body would reset the connection,
+                    # and the client might not receive the error.
+                    if size > self.max_request_bytes:
+                        body.clear()
+                    else:
+                        body += chunk
+        except TimeoutError as error:
+            raise rest.RestError(
+                408,
+                f"The request body must arrive within {_BODY_SECONDS} seconds. "
+                f"Received: {size} bytes",
+                closes=True,
+            ) from error
         if size > self.max_request_bytes:
             raise self._too_large(f"{size} bytes")
-        return b"".join(chunks)
+        return bytes(body)
 
     def _decompress(self, body):
         decompressor = zlib.decompressobj(wbits=_GZIP)
@@ -472,12 +504,15 @@ def _is_int(value):
 
 def _model_spec(request):
     params = request.path_params
-    if any(":" in params.get(key, "") for key in ("name", "label")):
+    if any(":" in value for value in params.values()):
         raise rest.RestError(400, _malformed(request))
     spec = model_pb2.ModelSpec(name=params["name"])
     if "version" in params:
+        if not re.fullmatch("[0-9]+", params["version"]):
+            raise rest.RestError(400, _malformed(request))
         try:
-            spec.version.value = params["version"]
+            # Python and protobuf limit the number of digits.
+            spec.version.value = int(params["version"])
         except ValueError as error:
             # TensorFlow Serving answers with an empty body.
             raise rest.RestError(400, None) from error
@@ -486,15 +521,38 @@ def _model_spec(request):
     return spec
 
 
-def _json_response(value, status=200):
-    return Response(rest.dumps(value), status, media_type="application/json")
+def _refuse_two_lengths(app):
+    """Wraps an application: refuses requests in which two headers state a length.
+
+    A proxy may trust the other header than this server, and would then take a part of
+    the body for the next request.
+    """
+
+    async def checked(scope, receive, send):
+        if {b"content-length", b"transfer-encoding"} <= {
+            n for n, _ in scope["headers"]
+        }:
+            message = (
+                "A request must have Content-Length or Transfer-Encoding, not both"
+            )
+            refusal = _json_response({"error": message}, 400, closes=True)
+            await refusal(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return checked
+
+
+def _json_response(value, status=200, closes=False):
+    headers = {"Connection": "close"} if closes else None
+    return Response(rest.dumps(value), status, headers, media_type="application/json")
 
 
 def _answer_error(error, method):
-    status = 500
+    status, closes = 500, False
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, rest.RestError):
-        status, message = error.status, error.message
+        status, message, closes = error.status, error.message, error.closes
     elif isinstance(error, tf.errors.OpError):
         status, message = _HTTP_STATUS.get(error.error_code, 500), error.message
     elif isinstance(error, ClientDisconnect):
@@ -504,7 +562,7 @@ def _answer_error(error, method):
         _logger.error("A %s request failed", method, exc_info=error)
     if message is None:
         return Response(status_code=status, media_type="application/json")
-    return _json_response({"error": message}, status)
+    return _json_response({"error": message}, status, closes)
 
 
 async def _answer_unknown_path(request, error):

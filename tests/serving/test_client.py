@@ -590,13 +590,13 @@ class TestRetries:
 
     def test_grpc_message_that_is_too_large(self, models, monkeypatch):
         calls = []
-        call = grpc_transport._call
+        call = grpc_transport.GrpcTransport._call
 
-        def count(method, request, seconds):
+        def count(self, method, request, seconds):
             calls.append(request)
-            return call(method, request, seconds)
+            return call(self, method, request, seconds)
 
-        monkeypatch.setattr(grpc_transport, "_call", count)
+        monkeypatch.setattr(grpc_transport.GrpcTransport, "_call", count)
         inputs = {"x": np.zeros([1, 10_000, F]), "lengths": [1]}
         with (
             ModelServer(
@@ -728,6 +728,8 @@ def test_arguments():
         ({**url, "timeout": float("inf")}, "`timeout` must be.*timeout=inf"),
         ({**url, "retries": -1}, "`retries` must be.*retries=-1"),
         ({**url, "retries": True}, "`retries` must be.*retries=True"),
+        ({**url, "max_response_bytes": 0}, "`max_response_bytes`.*response_bytes=0"),
+        ({**url, "max_response_bytes": 1e6}, "`max_response_bytes`.*=1000000.0"),
         ({**url, "grpc_credentials": "c"}, "`grpc_credentials`.*grpc_credentials='c'"),
     ]:
         with pytest.raises(ValueError, match=message):

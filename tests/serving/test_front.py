@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -46,6 +47,8 @@ class Behind(prediction_service_pb2_grpc.PredictionServiceServicer):
     def __init__(self):
         self.predicted, self.asked, self.seconds = [], [], []
         self.rank, self.version, self.error = 3, 4, None
+        self.hanging = threading.Event()
+        self.hanging.set()
 
     def GetModelMetadata(self, request, context):
         self.asked.append(request)
@@ -74,6 +77,7 @@ class Behind(prediction_service_pb2_grpc.PredictionServiceServicer):
     def Predict(self, request, context):
         self.predicted.append(request)
         self.seconds.append(context.time_remaining())
+        self.hanging.wait(30)
         if self.error is not None:
             context.abort(*self.error)
         response = predict_pb2.PredictResponse()
@@ -162,6 +166,21 @@ def truncate(proto):
     proto.tensor_content = proto.tensor_content[:-4]
 
 
+def many_strings():
+    """One string stands for 10,000, and each row has no frames."""
+    request = make_request(
+        {
+            **x(10_000, 0, F),
+            "lengths": np.zeros(10_000, "int32"),
+            "words": GOOD["words"],
+        }
+    )
+    words = request.inputs["words"]
+    words.tensor_shape.dim[0].size = 10_000
+    del words.string_val[1:]
+    return request
+
+
 def x(*shape, dtype="float32"):
     return {**GOOD, "x": np.ones(shape, dtype)}
 
@@ -202,6 +221,15 @@ BAD = {
         r"`x` must have a known shape.*\[2, -2, 3\]",
     ),
     "claims much": (spoiled("x", claim), f"at most {MAX_BYTES} bytes.*1099511627776"),
+    "many strings": (many_strings(), f"`words`.*at most {MAX_BYTES} bytes.*10000"),
+    "rank 300": (
+        spoiled("x", lambda p: [p.tensor_shape.dim.add(size=1) for _ in range(300)]),
+        ".",
+    ),
+    "beyond int64": (
+        spoiled("x", lambda p: [setattr(d, "size", 2**62) for d in p.tensor_shape.dim]),
+        f"at most {MAX_BYTES} bytes",
+    ),
     "truncated": (spoiled("x", truncate), "."),
     "rank of any input": (
         make_request({"x": np.ones((2, 2, F), "float32")}, "initial_state"),
@@ -233,6 +261,42 @@ def test_bytes_that_are_no_request_and_too_many(behind, channel):
             call(content, timeout=30)
         assert info.value.code() == code
     assert behind.predicted == []
+
+
+def test_floods(behind, channel, service):
+    call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    content = make_request().SerializeToString()
+    zipped = grpc.Compression.Gzip
+    for kwargs in (
+        {"request": bytes(10**7), "compression": zipped},
+        {"request": content, "metadata": [("x", "a" * 100_000)]},
+        {"request": content, "metadata": [(f"x-{n}", "a") for n in range(5000)]},
+    ):
+        with pytest.raises(grpc.RpcError) as info:
+            call(timeout=30, **kwargs)
+        assert info.value.code() == Code.RESOURCE_EXHAUSTED
+    for name in ("../m", "m\0", "n" * 90_000):
+        with pytest.raises(grpc.RpcError) as info:
+            service.Predict(make_request(name=name), timeout=30)
+        assert info.value.code() == Code.NOT_FOUND
+    assert behind.predicted == []
+    service.Predict(make_request(), timeout=30)
+    assert behind.predicted == [make_request()]
+
+
+def test_more_requests_than_run_and_wait(behind, service):
+    service.Predict(make_request(), timeout=30)
+    behind.hanging.clear()
+    futures = [service.Predict.future(make_request(), timeout=30) for _ in range(40)]
+    # Of 8 threads: 8 requests run, 8 wait, and the others are refused at once.
+    end = time.monotonic() + 20
+    while sum(future.done() for future in futures) < 24 and time.monotonic() < end:
+        time.sleep(0.01)
+    behind.hanging.set()
+    codes = [future.code() for future in futures]
+    assert codes.count(Code.OK) == 16
+    assert codes.count(Code.RESOURCE_EXHAUSTED) == 24
+    service.Predict(make_request(), timeout=30)
 
 
 @pytest.mark.parametrize("which", [{}, {"version": 4}, {"label": "stable"}])

@@ -8,6 +8,7 @@ from .client import ServingClient
 from .errors import (
     DeadlineExceeded,
     InvalidRequest,
+    InvalidResponse,
     ModelNotFound,
     ServingError,
     SessionExpired,
@@ -20,6 +21,7 @@ from .tensors import Metadata, Signature, TensorSpec, VersionStatus
 __all__ = [
     "DeadlineExceeded",
     "InvalidRequest",
+    "InvalidResponse",
     "Metadata",
     "ModelNotFound",
     "ServingClient",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .errors import (
     DeadlineExceeded,
     InvalidRequest,
+    InvalidResponse,
     ModelNotFound,
     ServingError,
     Unavailable,
@@ -59,6 +60,9 @@ class ServingClient:
             omit `lengths` if all frames are valid. If a server batches requests and
             does not pad them, all its clients should use the same single number.
             Default: `None`, no padding.
+        max_response_bytes: Positive int, the size limit of a response in bytes. It
+            holds after decompression, and over gRPC also for each output in memory. A
+            larger response raises `InvalidResponse`. Default: 64 MiB.
 
     Attributes:
         model, version, label, timeout, retries: The arguments.
@@ -88,6 +92,7 @@ class ServingClient:
         retries: int = 3,
         grpc_credentials: grpc.ChannelCredentials | None = None,
         pad_to: Sequence[int] | None = None,
+        max_response_bytes: int = 64 * 1024**2,
     ) -> None:
         _check_arguments(model, rest_url, grpc_target, version, label)
         _check_timeout(timeout)
@@ -95,13 +100,20 @@ class ServingClient:
             raise ValueError(
                 f"`retries` must be a non-negative integer. Received: {retries=}"
             )
+        if type(max_response_bytes) is not int or max_response_bytes < 1:
+            raise ValueError(
+                "`max_response_bytes` must be a positive integer. "
+                f"Received: {max_response_bytes=}"
+            )
         self.model = model
         self.version = version
         self.label = label
         self.timeout = timeout
         self.retries = retries
         self.pad_to = check_pad_to(pad_to)
-        self._transport = _make_transport(rest_url, grpc_target, grpc_credentials)
+        self._transport = _make_transport(
+            rest_url, grpc_target, grpc_credentials, max_response_bytes
+        )
         self._metadata: Metadata | None = None
 
     def predict(
@@ -130,6 +142,8 @@ class ServingClient:
             SignatureNotFound: If the model has no such signature.
             ModelNotFound: If the server does not serve the model or the version.
             DeadlineExceeded: If no response arrives in time.
+            InvalidResponse: If the response is larger than `max_response_bytes`, is
+                malformed, or does not match the signature.
             ServingError: For any other error, or a subclass such as `Unavailable`.
         """
         deadline = self._deadline(timeout)
@@ -137,7 +151,7 @@ class ServingClient:
         metadata = known or self._fetch_metadata(deadline)
         try:
             return self._predict(metadata, signature, inputs, deadline)
-        except (ValueError, InvalidRequest):
+        except (ValueError, InvalidRequest, InvalidResponse):
             if known is None:
                 raise
             # A new version with other signatures may be served since.
@@ -281,6 +295,7 @@ class ServingClient:
             deadline,
             self.retries,
         )
+        signature.check_outputs(outputs)
         return cut(signature, outputs, timesteps, padded)
 
     def _fetch_metadata(self, deadline: Deadline) -> Metadata:
@@ -314,6 +329,7 @@ def _make_transport(
     rest_url: str | None,
     grpc_target: str | None,
     grpc_credentials: grpc.ChannelCredentials | None,
+    max_response_bytes: int,
 ) -> Transport:
     # Imported here, so that REST does not need the packages of gRPC, and vice versa.
     if rest_url is not None:
@@ -325,12 +341,12 @@ def _make_transport(
         with _explained("REST", "httpx"):
             from .rest_transport import RestTransport
 
-            return RestTransport(rest_url)
+            return RestTransport(rest_url, max_response_bytes)
     assert grpc_target is not None
     with _explained("gRPC", "grpcio tensorflow tensorflow-serving-api"):
         from .grpc_transport import GrpcTransport
 
-        return GrpcTransport(grpc_target, grpc_credentials)
+        return GrpcTransport(grpc_target, grpc_credentials, max_response_bytes)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Defines the exceptions of the client."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class ServingError(Exception):
     """Raised if a request fails.
@@ -40,6 +43,10 @@ class InvalidRequest(ServingError):
     """Raised if the server rejects the inputs, the signature or the label."""
 
 
+class InvalidResponse(ServingError):
+    """Raised if a response is too large, malformed, or unlike the signature."""
+
+
 class ModelNotFound(ServingError):
     """Raised if the server does not serve the model or the version."""
 
@@ -73,6 +80,42 @@ def make_error(
     """
     retriable = retriable or _OF_A_BATCH in message
     return _CLASSES.get(code, ServingError)(message, code, http_status, retriable)
+
+
+@contextlib.contextmanager
+def reading(http_status: int | None = None) -> Iterator[None]:
+    """Turns the exceptions of a malformed response into `InvalidResponse`.
+
+    Args:
+        http_status: int or `None`, as in `ServingError`.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise InvalidResponse(
+            "The response must be that of TensorFlow Serving, and cannot be read: "
+            f"{type(error).__name__}: {error}",
+            "INTERNAL",
+            http_status,
+        ) from error
+
+
+def too_large(max_bytes: int, http_status: int | None = None) -> InvalidResponse:
+    """Returns the error for a response of more than `max_bytes`."""
+    return InvalidResponse(
+        f"The response must have at most {max_bytes} bytes, the `max_response_bytes` "
+        "of the client. Received: a larger one. Raise the limit if you trust the "
+        "server",
+        "RESOURCE_EXHAUSTED",
+        http_status,
+    )
 
 
 # The message of TensorFlow Serving if requests in a batch have unequal shapes. All

@@ -20,7 +20,7 @@ from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import predict_pb2
 
 from .errors import ServingError
-from .grpc_transport import CHANNEL_OPTIONS, GrpcTransport
+from .grpc_transport import GrpcTransport, channel_options, size_in_memory
 from .signatures import DEFAULT_SIGNATURE
 from .tensors import Signature, dtype_name
 from .transport import Target
@@ -34,6 +34,7 @@ _UNCHECKED = {
 # may change.
 _LATEST_SECONDS = 1.0
 _METADATA_SECONDS = 10.0
+_MAX_METADATA_BYTES = 64 * 1024**2
 _GRACE_SECONDS = 30
 
 # The errors of `check_request`. A malformed tensor proto raises TypeError or
@@ -58,7 +59,8 @@ def make_front(
     Args:
         target: str, `host:port` of TensorFlow Serving's gRPC.
         address: str, `host:port` to listen on; port 0 picks a free port.
-        threads: Positive int, the number of concurrent requests. Default: 256.
+        threads: Positive int, the number of concurrent requests. As many again wait,
+            and further ones fail with RESOURCE_EXHAUSTED. Default: 256.
         max_request_bytes: Positive int, the size limit of a request, and of each of its
             tensors in memory. Default: 64 MiB.
 
@@ -77,6 +79,7 @@ def make_front(
     server = grpc.server(
         concurrent.futures.ThreadPoolExecutor(threads, "keras_bnrnn_client.front"),
         handlers=[_Front(target, max_request_bytes)],
+        maximum_concurrent_rpcs=2 * threads,
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", -1),
@@ -118,12 +121,11 @@ def check_request(
             raise ValueError(f"`{key}` must be {spec.dtype}. Received: {dtype}")
         sizes = [dim.size for dim in proto.tensor_shape.dim]
         if proto.tensor_shape.unknown_rank or min(sizes, default=0) < 0:
-            raise ValueError(f"`{key}` must have a known shape. Received: {sizes}")
+            raise ValueError(f"`{key}` must have a known shape. Received: {sizes[:9]}")
         if spec.shape is None and len(sizes) != 2:
             # A server that pads crashes if tensors in a batch differ in rank.
             raise ValueError(f"`{key}` must have rank 2. Received: shape {sizes}")
-        # A small proto can describe a large tensor.
-        if math.prod(sizes) * max(tf.as_dtype(proto.dtype).size, 1) > max_bytes:
+        if size_in_memory(proto) > max_bytes:
             raise ValueError(
                 f"`{key}` must take at most {max_bytes} bytes. Received: shape {sizes}"
             )
@@ -140,8 +142,9 @@ def check_request(
 
 class _Front(grpc.GenericRpcHandler):
     def __init__(self, target: str, max_request_bytes: int) -> None:
-        self._transport = GrpcTransport(target, None)
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._transport = GrpcTransport(target, None, _MAX_METADATA_BYTES)
+        # Forwards answers of any size.
+        self._channel = grpc.insecure_channel(target, options=channel_options(-1))
         self._max_request_bytes = max_request_bytes
         # Time of the request for the signatures, and the signatures.
         self._known: dict[Target, tuple[float, Mapping[str, Signature]]] = {}
@@ -158,7 +161,7 @@ class _Front(grpc.GenericRpcHandler):
             request = predict_pb2.PredictRequest.FromString(content)
             self._check(request, context.time_remaining())
         except ServingError as error:  # such as NOT_FOUND, from the target
-            context.abort(grpc.StatusCode[error.code], error.args[0])
+            context.abort(grpc.StatusCode[error.code], error.args[0][:1024])
         except (*_REFUSALS, DecodeError) as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:1024])
         return self._forward(_PREDICT)(content, context)

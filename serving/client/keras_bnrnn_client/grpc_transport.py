@@ -1,5 +1,6 @@
 """Sends requests to TensorFlow Serving's gRPC services."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import grpc
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -16,12 +18,11 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from .errors import make_error
+from .errors import InvalidResponse, make_error, reading, too_large
 from .tensors import Metadata, Signature, TensorSpec, VersionStatus
 from .transport import Target
 
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
+_CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     # The client retries, within the deadline of the whole call.
     ("grpc.enable_retries", 0),
@@ -37,17 +38,22 @@ class GrpcTransport:
     Args:
         target: str, `host:port`.
         credentials: `grpc.ChannelCredentials`, or `None` for no TLS.
+        max_response_bytes: int, the size limit of a response, and of each of its
+            tensors in memory.
     """
 
     def __init__(
-        self, target: str, credentials: grpc.ChannelCredentials | None
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        max_response_bytes: int,
     ) -> None:
+        self._max_response_bytes = max_response_bytes
+        options = channel_options(max_response_bytes)
         if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(target, options=options)
         else:
-            self._channel = grpc.secure_channel(
-                target, credentials, options=CHANNEL_OPTIONS
-            )
+            self._channel = grpc.secure_channel(target, credentials, options=options)
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(
             self._channel
         )
@@ -71,55 +77,113 @@ class GrpcTransport:
     def predict(
         self, request: Any, signature: Signature, seconds: float
     ) -> dict[str, np.ndarray]:
-        response = _call(self._prediction.Predict, request, seconds)
-        return {key: tf.make_ndarray(proto) for key, proto in response.outputs.items()}
+        response = self._call(self._prediction.Predict, request, seconds)
+        signature.check_names(response.outputs)
+        with reading():
+            return {
+                key: self._to_array(key, proto, signature.outputs[key])
+                for key, proto in response.outputs.items()
+            }
 
     def metadata(self, target: Target, seconds: float) -> Metadata:
         request = get_model_metadata_pb2.GetModelMetadataRequest(
             model_spec=_model_spec(target), metadata_field=["signature_def"]
         )
-        response = _call(self._prediction.GetModelMetadata, request, seconds)
+        response = self._call(self._prediction.GetModelMetadata, request, seconds)
         signatures = get_model_metadata_pb2.SignatureDefMap()
-        response.metadata["signature_def"].Unpack(signatures)
-        return Metadata(
-            response.model_spec.version.value,
-            {
-                name: Signature(_specs(info.inputs), _specs(info.outputs))
-                for name, info in signatures.signature_def.items()
-                # Signatures of TensorFlow itself, which requests cannot call.
-                if not name.startswith("__saved_model")
-            },
-        )
+        with reading():
+            try:
+                found = response.metadata["signature_def"].Unpack(signatures)
+            except DecodeError as error:
+                raise ValueError(str(error)) from error
+            if not found:
+                raise ValueError("`metadata` must have a `signature_def`")
+            return Metadata(
+                response.model_spec.version.value,
+                {
+                    name: Signature(_specs(info.inputs), _specs(info.outputs))
+                    for name, info in signatures.signature_def.items()
+                    # Signatures of TensorFlow itself, which requests cannot call.
+                    if not name.startswith("__saved_model")
+                },
+            )
 
     def status(self, target: Target, seconds: float) -> list[VersionStatus]:
         request = get_model_status_pb2.GetModelStatusRequest(
             model_spec=_model_spec(Target(target.model, target.version, None))
         )
-        response = _call(self._models.GetModelStatus, request, seconds)
+        response = self._call(self._models.GetModelStatus, request, seconds)
         state_name = get_model_status_pb2.ModelVersionStatus.State.Name
-        return [
-            VersionStatus(
-                status.version,
-                state_name(status.state),
-                _CODE_NAMES.get(status.status.error_code, "UNKNOWN"),
-                status.status.error_message,
-            )
-            for status in response.model_version_status
-        ]
+        with reading():
+            return [
+                VersionStatus(
+                    status.version,
+                    state_name(status.state),
+                    _CODE_NAMES.get(status.status.error_code, "UNKNOWN"),
+                    status.status.error_message,
+                )
+                for status in response.model_version_status
+            ]
 
     def close(self) -> None:
         self._channel.close()
 
+    def _call(self, method: Callable[..., Any], request: Any, seconds: float) -> Any:
+        try:
+            return method(request, timeout=seconds)
+        except grpc.RpcError as error:
+            code = error.code()
+            details = error.details() or ""
+            if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _OURS.search(details):
+                raise too_large(self._max_response_bytes) from error
+            raise make_error(
+                details, code.name, retriable=_is_transient(code, details)
+            ) from error
 
-def _call(method: Callable[..., Any], request: Any, seconds: float) -> Any:
-    try:
-        return method(request, timeout=seconds)
-    except grpc.RpcError as error:
-        code = error.code()
-        details = error.details() or ""
-        raise make_error(
-            details, code.name, retriable=_is_transient(code, details)
-        ) from error
+    def _to_array(self, name: str, proto: Any, spec: TensorSpec) -> np.ndarray:
+        dtype = tf.as_dtype(proto.dtype).name
+        if dtype != spec.dtype:
+            raise InvalidResponse(
+                f"The output `{name}` must be {spec.dtype}. Received: {dtype}",
+                "INTERNAL",
+            )
+        if size_in_memory(proto) > self._max_response_bytes:
+            raise too_large(self._max_response_bytes)
+        array: np.ndarray = tf.make_ndarray(proto)
+        return array
+
+
+def channel_options(max_response_bytes: int) -> list[tuple[str, int]]:
+    """Returns the options of a channel.
+
+    Args:
+        max_response_bytes: int, the size limit of a response; -1: no limit.
+    """
+    # gRPC stores the option in 32 bits.
+    limit = min(max_response_bytes, 2**31 - 1)
+    return [*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", limit)]
+
+
+def size_in_memory(proto: Any) -> int:
+    """Returns the bytes that the array of a `TensorProto` takes.
+
+    A small proto can describe a large tensor, since one value can stand for all.
+
+    Raises:
+        ValueError: If a size is negative.
+    """
+    sizes = [dim.size for dim in proto.tensor_shape.dim]
+    if min(sizes, default=0) < 0 or len(sizes) > _MAX_RANK:
+        raise ValueError(f"A tensor must have sizes from 0 on. Received: {sizes[:9]}")
+    size: int = math.prod(sizes) * (tf.as_dtype(proto.dtype).size or _STRING_BYTES)
+    return size
+
+
+# A string takes a reference in a list and one in an array.
+_STRING_BYTES = 16
+
+# The largest rank of a tensor in TensorFlow.
+_MAX_RANK = 254
 
 
 def _is_transient(code: grpc.StatusCode, details: str) -> bool:
@@ -130,6 +194,9 @@ def _is_transient(code: grpc.StatusCode, details: str) -> bool:
         return not _TOO_LARGE.search(details)
     return code is grpc.StatusCode.UNAVAILABLE
 
+
+# The message of gRPC about a response that is larger than the option of the channel.
+_OURS = re.compile("(CLIENT: Received|Decompressed) message larger than max")
 
 # Messages of gRPC about messages and metadata, and of the local server.
 _TOO_LARGE = re.compile("larger than max|size exceeds|must take at most")

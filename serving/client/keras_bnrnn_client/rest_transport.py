@@ -13,7 +13,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 
-from .errors import ServingError, make_error
+from .errors import InvalidResponse, make_error, reading, too_large
 from .retries import Deadline
 from .tensors import Metadata, Signature, TensorSpec, VersionStatus, dtype_name
 from .transport import Target
@@ -24,17 +24,21 @@ class RestTransport:
 
     Args:
         url: str, `http://host:port`, followed by the path of the server if it has one.
+        max_response_bytes: int, the size limit of a response after decompression.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_response_bytes: int) -> None:
         self._url = url.rstrip("/")
+        self._max_response_bytes = max_response_bytes
         # No limit: each calling thread uses one connection.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         verify: bool | ssl.SSLContext = True
         if url.startswith("http://"):
             # Plain HTTP: skips loading CA certificates.
             verify = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._http = httpx.Client(limits=limits, verify=verify)
+        self._http = httpx.Client(
+            limits=limits, verify=verify, headers={"Accept-Encoding": _ENCODING}
+        )
 
     def encode(
         self,
@@ -53,44 +57,44 @@ class RestTransport:
         self, request: tuple[str, bytes], signature: Signature, seconds: float
     ) -> dict[str, np.ndarray]:
         url, content = request
-        outputs = self._send("POST", url, seconds, content)["outputs"]
-        if len(signature.outputs) == 1:
-            outputs = {next(iter(signature.outputs)): outputs}
-        if not isinstance(outputs, dict) or set(outputs) != set(signature.outputs):
-            raise ValueError(
-                f"The answer must have the outputs {sorted(signature.outputs)}. "
-                f"Received: {sorted(outputs) if isinstance(outputs, dict) else 'one'}"
-            )
-        return {
-            name: _to_array(value, signature.outputs[name], name)
-            for name, value in outputs.items()
-        }
+        answer = self._send("POST", url, seconds, content)
+        with reading(200):
+            outputs = answer["outputs"]
+            if len(signature.outputs) == 1:
+                outputs = {next(iter(signature.outputs)): outputs}
+            signature.check_names(outputs)
+            return {
+                name: _to_array(value, signature.outputs[name])
+                for name, value in outputs.items()
+            }
 
     def metadata(self, target: Target, seconds: float) -> Metadata:
         answer = self._send("GET", f"{self._path(target)}/metadata", seconds)
-        signatures = answer["metadata"]["signature_def"]["signature_def"]
-        return Metadata(
-            int(answer["model_spec"]["version"]),
-            {
-                name: Signature(_specs(info["inputs"]), _specs(info["outputs"]))
-                for name, info in signatures.items()
-                # Signatures of TensorFlow itself, which requests cannot call.
-                if not name.startswith("__saved_model")
-            },
-        )
+        with reading(200):
+            signatures = answer["metadata"]["signature_def"]["signature_def"]
+            return Metadata(
+                int(answer["model_spec"]["version"]),
+                {
+                    name: Signature(_specs(info["inputs"]), _specs(info["outputs"]))
+                    for name, info in signatures.items()
+                    # Signatures of TensorFlow itself, which requests cannot call.
+                    if not name.startswith("__saved_model")
+                },
+            )
 
     def status(self, target: Target, seconds: float) -> list[VersionStatus]:
         path = self._path(Target(target.model, target.version, None))
         answer = self._send("GET", path, seconds)
-        return [
-            VersionStatus(
-                int(state["version"]),
-                state["state"],
-                state["status"]["error_code"],
-                state["status"]["error_message"],
-            )
-            for state in answer["model_version_status"]
-        ]
+        with reading(200):
+            return [
+                VersionStatus(
+                    int(state["version"]),
+                    str(state["state"]),
+                    str(state["status"]["error_code"]),
+                    str(state["status"]["error_message"]),
+                )
+                for state in answer["model_version_status"]
+            ]
 
     def close(self) -> None:
         self._http.close()
@@ -107,39 +111,78 @@ class RestTransport:
         self, method: str, url: str, seconds: float, content: bytes | None = None
     ) -> Any:
         deadline = Deadline(seconds)
-        chunks = []
+        received = bytearray()
         try:
             with self._http.stream(
                 method, url, content=content, timeout=seconds
             ) as response:
+                _check_encoding(response)
                 # The timeout of httpx limits each read, not the whole response.
                 for chunk in response.iter_bytes():
-                    chunks.append(chunk)
+                    received += chunk
+                    if len(received) > self._max_response_bytes:
+                        raise too_large(self._max_response_bytes, response.status_code)
                     deadline.require()
         except httpx.TimeoutException as error:
             raise deadline.exceeded(error) from error
+        except httpx.DecodingError as error:
+            raise InvalidResponse(
+                f"The response must be {_ENCODING}, as its Content-Encoding says: "
+                f"{error}",
+                "INTERNAL",
+                response.status_code,
+            ) from error
         except httpx.TransportError as error:
             raise make_error(
                 f"{url} cannot be reached: {error or type(error).__name__}",
                 "UNAVAILABLE",
                 retriable=not isinstance(error, httpx.UnsupportedProtocol),
             ) from error
-        return _read(response.status_code, b"".join(chunks))
+        if response.is_redirect:
+            raise make_error(
+                f"The server redirects to {response.headers['location'][:200]!r}, and "
+                "the client does not follow. Give the final address as `rest_url`",
+                "UNKNOWN",
+                response.status_code,
+            )
+        return _read(response.status_code, bytes(received))
+
+
+def _check_encoding(response: httpx.Response) -> None:
+    """Raises InvalidResponse for an encoding that the client did not ask for.
+
+    Others may unpack to more than a thousand times their size before the size can be
+    checked, as does an encoding within an encoding.
+    """
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", _ENCODING):
+        raise InvalidResponse(
+            f"The Content-Encoding of a response must be {_ENCODING} or none. "
+            f"Received: {encoding[:80]!r}",
+            "INTERNAL",
+            response.status_code,
+        )
+
+
+_ENCODING = "gzip"
 
 
 def _read(status: int, content: bytes) -> Any:
     try:
         answer = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if status == 200:
-            raise ServingError(
-                f"The answer is not JSON: {content[:200]!r}", "INTERNAL", status
+            raise InvalidResponse(
+                f"The response is not JSON: {content[:200]!r}, which fails with: "
+                f"{error}",
+                "INTERNAL",
+                status,
             ) from error
         # The response of a proxy may not be JSON.
         answer = {"error": content[:200].decode("utf-8", "replace")}
     if status == 200:
         return answer
-    message = answer.get("error", "") if isinstance(answer, dict) else str(answer)
+    message = str(answer.get("error", "") if isinstance(answer, dict) else answer)
     code = _CODES.get(status, "UNKNOWN" if status < 500 else "INTERNAL")
     raise make_error(message, code, status, retriable=status in (429, 503))
 
@@ -187,7 +230,7 @@ def _to_json(array: np.ndarray) -> Any:
     return array.tolist()
 
 
-def _to_array(value: Any, spec: TensorSpec, name: str) -> np.ndarray:
+def _to_array(value: Any, spec: TensorSpec) -> np.ndarray:
     if spec.dtype != "string":
         array = np.asarray(value, spec.numpy_dtype)
     else:

@@ -1,12 +1,12 @@
 """Describes signatures and converts inputs to arrays that match them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, InvalidResponse
 
 # The input of `keras_bnrnn` signatures with the number of valid frames of each row.
 LENGTHS = "lengths"
@@ -37,6 +37,16 @@ class TensorSpec:
             dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
             return dtype
         return np.dtype(self.dtype)
+
+    def matches(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether an array of this shape can be the tensor."""
+        return self.shape is None or (
+            len(self.shape) == len(shape)
+            and all(
+                wanted in (None, size)
+                for wanted, size in zip(self.shape, shape, strict=True)
+            )
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +82,27 @@ class Signature:
         }
         _check_lengths(arrays)
         return arrays
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises InvalidResponse if the names are not those of the outputs."""
+        if set(names) != set(self.outputs):
+            raise InvalidResponse(
+                f"The response must have the outputs {sorted(self.outputs)}. "
+                f"Received: {sorted(names)}",
+                "INTERNAL",
+            )
+
+    def check_outputs(self, outputs: Mapping[str, np.ndarray]) -> None:
+        """Raises InvalidResponse if names or shapes do not match the signature."""
+        self.check_names(outputs)
+        for name, array in outputs.items():
+            spec = self.outputs[name]
+            if not spec.matches(array.shape):
+                raise InvalidResponse(
+                    f"The output `{name}` must have the shape {spec.shape}. "
+                    f"Received: shape {array.shape}",
+                    "INTERNAL",
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +149,7 @@ def _fit(name: str, value: Any, spec: TensorSpec) -> np.ndarray:
         array = _to_bytes(name, array)
     else:
         array = _to_numbers(name, array, spec)
-    if spec.shape is not None and (
-        len(spec.shape) != array.ndim
-        or any(
-            wanted not in (None, size)
-            for wanted, size in zip(spec.shape, array.shape, strict=True)
-        )
-    ):
+    if not spec.matches(array.shape):
         raise ValueError(
             f"`{name}` must have the shape {spec.shape}. "
             f"Received: {name} of shape {array.shape}"
