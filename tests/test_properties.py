@@ -111,17 +111,18 @@ def masks(draw, batch, timesteps):
 
 
 @st.composite
-def cases(draw, usual=False, training=False, state=True, **fixed):
+def cases(draw, kinds=None, usual=False, training=False, state=True, **fixed):
     """Draws a `Case`.
 
     Args:
+        kinds: List of keys of `KINDS`. Default: all.
         usual: Whether the layer has the activations and outputs of the oracle.
         training: Whether the case must be able to train: frame-wise statistics need
             two rows.
         state: Whether there may be initial states.
         fixed: Arguments of the layer that are not drawn.
     """
-    kind = draw(st.sampled_from(sorted(KINDS)))
+    kind = draw(st.sampled_from(kinds or sorted(KINDS)))
     arguments = {
         "units": draw(st.integers(1, 3)),
         "normalize": draw(st.sampled_from(["input", "joint"])),
@@ -566,7 +567,22 @@ def test_eager_graph_and_xla_are_equal(case, training):
     FLAGS,
     st.sampled_from(["float32", "float64"]),
 )
-def test_slices_and_blocks_are_equal_to_one_loop(case, training, sliced, dtype):
+def test_slices_are_equal_to_one_loop(case, training, sliced, dtype):
+    compare_graph_with_eager(case, training, sliced, dtype)
+
+
+BLOCK = {"normalize": "input", "statistics": "sequence", "peephole": False}
+
+
+@examples(3)
+@hypothesis.given(
+    cases(["lstm"], usual=True, training=True, unroll=False, **BLOCK), FLAGS
+)
+def test_slices_of_a_block_are_equal_to_one_loop(case, sliced):
+    compare_graph_with_eager(case, True, sliced, "float32")
+
+
+def compare_graph_with_eager(case, training, sliced, dtype):
     """A graph on CPUs, with the thresholds of the schedule lowered to small batches."""
     x, arguments = case.inputs(dtype)
 

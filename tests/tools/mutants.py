@@ -30,7 +30,7 @@ PACKAGE = ROOT / "keras_bnrnn"
 # The fast tests of each module, as arguments for pytest. The properties cover the loops
 # in eager mode, in graphs, in slices, as blocks and by XLA.
 PROPERTIES = ["tests/test_properties.py", "-k"]
-MOMENTS = [*PROPERTIES, "oracle or numpy or padding"]
+MOMENTS = [*PROPERTIES, "oracle or numpy or padding or slices"]
 POPULATION = f"{MOMENTS[-1]} or population"
 LOOP = [*PROPERTIES, "oracle or slices or xla"]
 TESTS = {
