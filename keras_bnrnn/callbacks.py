@@ -1,6 +1,7 @@
 """Defines the callbacks that recalibrate or monitor a model during `fit`."""
 
 import os
+import reprlib
 import typing
 import warnings
 
@@ -267,9 +268,7 @@ def _check_batch(batch):
         x = batch[0] if 1 <= len(batch) <= 3 else ()
     leaves = keras.tree.flatten(x)
     if not leaves or not all(is_array(leaf) for leaf in leaves):
-        kinds = sorted({type(leaf).__name__ for leaf in leaves})
         raise ValueError(
             "`batch` must be one batch of arrays or tensors, `x` or `(x, y, ...)`, "
-            "such as `next(iter(dataset))`. Received: batch of "
-            f"{', '.join(kinds) or 'no array'}"
+            f"such as `next(iter(dataset))`. Received: batch={reprlib.repr(batch)}"
         )

@@ -138,9 +138,10 @@ def naming_arguments(arguments):
                 read, what = READERS[kind]
                 try:
                     read(value)
-                except (TypeError, ValueError):
+                except (TypeError, ValueError) as reason:
                     raise ValueError(
-                        f"`{name}` must be {what}. Received: {name}={value!r}"
+                        f"`{name}` must be {what}. Received: {name}={value!r}. "
+                        f"Keras: {reason}"
                     ) from error
         raise
 

@@ -128,6 +128,7 @@ RIGHT = {
         "verbose": 0,
     },
     "Recalibrate": lambda directory: {"data": X},
+    "NormalizationMonitor": lambda directory: {"batch": X},
     "from_torch": lambda directory: {
         "state_dict": state_dict(),
         "layers": stock_model(),
@@ -309,6 +310,10 @@ WRONG = {
     "export_saved_model.model": [*NOT_MODELS, NO_GRAPH],
     "export_litert.model": [*NOT_MODELS, NO_GRAPH],
     "export_onnx.model": [*NOT_MODELS, NO_GRAPH],
+    "NormalizationMonitor.batch": [None, 5, "text"],
+    "NormalizationMonitor.log_dir": [5, True, b"runs"],
+    "NormalizationMonitor.every": NOT_COUNTS,
+    "NormalizationMonitor.margin": [0.0, 0.5, -1, "a", None, True],
     "Recalibrate.data": [None, 5, "text"],
     "Recalibrate.steps": NOT_COUNTS,
     "export_litert.path": [None, 5, b"a", "model.txt", "no/such/folder/model.tflite"],
