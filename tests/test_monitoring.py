@@ -442,8 +442,8 @@ def test_event_files(rng, tmp_path):
         ({"every": 0}, "`every` must be a positive integer.*every=0"),
         ({"log_dir": 3}, "`log_dir` must be the path of a folder.*log_dir=3"),
         ({"batch": None}, "`batch` must be one batch.*batch=None"),
-        ({r"`batch` must be one batch.*batch=\(\)"),
-        ({r"`batch` must be one batch.*batch=\[\[1.0\]\]"),
+        ({"batch": ()}, r"`batch` must be one batch.*batch=\(\)"),
+        ({"batch": [[1.0]]}, r"`batch` must be one batch.*batch=\[\[1\.0\]\]"),
         (
             {"batch": tf.data.Dataset.from_tensors([0])},
             r"`batch` must be one batch.*next\(iter\(dataset\)\).*TensorDataset",
