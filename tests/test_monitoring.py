@@ -446,7 +446,7 @@ def test_event_files(rng, tmp_path):
         ({"batch": [[1.0]]}, r"`batch` must be one batch.*batch=\[\[1\.0\]\]"),
         (
             {"batch": tf.data.Dataset.from_tensors([0])},
-            r"`batch` must be one batch.*next\(iter\(dataset\)\).*TensorDataset",
+            r"`batch` must be one batch.*next\(iter\(dataset\)\).*TensorData",
         ),
     ],
 )
