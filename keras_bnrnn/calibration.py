@@ -92,18 +92,21 @@ def recalibrate(
             f"Received: model={model.name!r}"
         )
     batches = _Batches(model, data, steps, batch_size)
-    warn_of_nonfinite_batches(target.norm for target in targets)
-    before = [target.statistics() for target in targets]
-    with unchanged_states(model), _unchanged_on_error(targets):
+    with unchanged_states(model):
         groups = _in_order_of_calls(model, targets, batches.first())
-        for number, group in enumerate(groups, start=1):
-            _recalibrate_group(
-                model, group, batches, f"{number}/{len(groups)}", verbose
-            )
+        # A layer that is never called may not be built, and then has no statistics.
+        called = [target for target in targets if target.calls]
+        warn_of_nonfinite_batches(target.norm for target in called)
+        before = {id(target): target.statistics() for target in called}
+        with _unchanged_on_error(called):
+            for number, group in enumerate(groups, start=1):
+                _recalibrate_group(
+                    model, group, batches, f"{number}/{len(groups)}", verbose
+                )
     names = numbered(target.name for target in targets)
     return {
-        name: _moved(old, target.statistics(), target.norm.epsilon)
-        for name, target, old in zip(names, targets, before, strict=True)
+        name: _moved(before[id(target)], target.statistics(), target.norm.epsilon)
+        for name, target in zip(names, targets, strict=True)
         if target.calls
     }
 

@@ -572,7 +572,8 @@ def test_mixed_precision(rng):
     assert layer.input_norm.moving_mean.dtype == "float32"
 
 
-def test_a_layer_that_is_never_called(rng):
+@pytest.mark.parametrize("built", [True, False])
+def test_a_layer_that_is_never_called(built, rng):
     class Forgetful(keras.Model):
         def __init__(self):
             super().__init__()
@@ -580,7 +581,8 @@ def test_a_layer_that_is_never_called(rng):
 
         def build(self, shape):
             self.used.build(shape)
-            self.unused.build(shape)
+            if built:
+                self.unused.build(shape)
 
         def call(self, x):
             return self.used(x)

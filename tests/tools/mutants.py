@@ -33,20 +33,25 @@ PROPERTIES = ["tests/test_properties.py", "-k"]
 MOMENTS = [*PROPERTIES, "oracle or numpy or padding or slices"]
 POPULATION = f"{MOMENTS[-1]} or population"
 LOOP = [*PROPERTIES, "oracle or slices or xla"]
+BLOCKS = "tests/recurrence/test_gradients.py::test_blocks_of_the_backward_loop"
 TESTS = {
     "statistics.py": MOMENTS,
     "population.py": ["tests/test_population_guards.py", *MOMENTS[:-1], POPULATION],
     "projection.py": MOMENTS,
     "folding.py": [*PROPERTIES, "fold"],
     "recurrence/derivative.py": LOOP,
-    "recurrence/backward.py": LOOP,
+    "recurrence/backward.py": [BLOCKS, *PROPERTIES, f"{LOOP[-1]} or blocks"],
     "recurrence/block.py": LOOP,
     "recurrence/forward.py": LOOP,
     "recurrence/kept.py": LOOP,
     "recurrence/schedule.py": LOOP,
     "recurrence/time_loop.py": LOOP,
     "recurrence/weights.py": LOOP,
-    "backend/block_lstm.py": LOOP,
+    "backend/block_lstm.py": [
+        "tests/backend/test_block_lstm.py",
+        *PROPERTIES,
+        f"{LOOP[-1]} or keras",
+    ],
 }
 
 # `--survivors` runs these as well. They take some minutes, most of them in graphs.
