@@ -171,7 +171,7 @@ def test_the_limits_on_the_security_page():
     pytest.importorskip("starlette")
     from keras_bnrnn_client import ServingClient, front
 
-    from keras_bnrnn.local_server import ModelServer, grpc_service, server
+    from keras_bnrnn.local_server import ModelServer, grpc_service, predict, server
 
     def defaults(function):
         parameters = inspect.signature(function).parameters.values()
@@ -182,16 +182,21 @@ def test_the_limits_on_the_security_page():
     assert defaults(front.make_front)["max_request_bytes"] == 64 * 1024**2
     assert defaults(front.make_front)["threads"] == 256
     assert defaults(ServingClient)["timeout"] == 10.0
+    assert defaults(ServingClient)["max_response_bytes"] == 64 * 1024**2
     page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     page = " ".join(page.split())
     for text in (
         "by default 64 MiB",
         "127.0.0.1 unless `--host` is given",
-        "(64 MiB by default) and the number of concurrent requests (256)",
+        "(64 MiB by default) and the number of concurrent requests: 256 run",
         "by default 10 seconds",
-        f"over gRPC | {grpc_service._THREADS};",
-        f"{grpc_service._MAX_ERROR_LENGTH} characters",
+        f"over gRPC | {grpc_service._THREADS}; others wait",
+        f"{predict._MAX_ERROR_LENGTH} characters",
         f"{server._GRACE_SECONDS} seconds",
+        f"with {server._MAX_CONNECTIONS} or more",
+        f"{server._MAX_HEADER_BYTES // 1024} KiB; headers",
+        f"| {server._BODY_SECONDS} seconds, then 408",
+        f"| {server._IDLE_SECONDS} seconds, then",
     ):
         assert text in page, text
 
