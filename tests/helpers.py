@@ -1,5 +1,8 @@
 """What several test modules share: layers by name, and weights that tell them apart."""
 
+import contextlib
+import resource
+
 import keras
 import numpy as np
 
@@ -67,3 +70,15 @@ def gap(a, b):
     """The largest absolute difference, 0 of empty arrays."""
     differences = np.abs(np.asarray(a, "float64") - np.asarray(b, "float64"))
     return float(np.max(differences, initial=0.0))
+
+
+@contextlib.contextmanager
+def bounded_memory(megabytes):
+    """Fails if the peak memory of the process grows by more than `megabytes`."""
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before = peak()
+    yield
+    assert peak() - before < megabytes

@@ -5,7 +5,6 @@ import contextlib
 import gzip
 import json
 import re
-import resource
 import socket
 import time
 import zlib
@@ -13,6 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import bounded_memory
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
@@ -167,18 +167,6 @@ def assert_serves(server):
     with grpc.insecure_channel(server.grpc_target) as channel:
         call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
         assert doubled(call(message(), timeout=30)) == [[2.0, 4.0, 6.0]]
-
-
-@contextlib.contextmanager
-def bounded_memory(megabytes):
-    """Fails if the peak memory of the process grows by more than `megabytes`."""
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    before = peak()
-    yield
-    assert peak() - before < megabytes
 
 
 def bomb(size):

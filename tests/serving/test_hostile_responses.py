@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import json
-import resource
 import socket
 import threading
 import time
@@ -11,6 +10,7 @@ import zlib
 
 import pytest
 import tensorflow as tf
+from helpers import bounded_memory
 
 pytest.importorskip("httpx")
 pytest.importorskip("grpc")
@@ -130,18 +130,6 @@ def assert_answers(double):
     double.answer = [http(b'{"outputs": [[1, 2], [3, 4.5]]}')]
     with connect(double) as client:
         assert client.predict({"x": [1]})["y"].tolist() == [[1, 2], [3, 4.5]]
-
-
-@contextlib.contextmanager
-def bounded_memory(megabytes):
-    """Fails if the peak memory of the process grows by more than `megabytes`."""
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    before = peak()
-    yield
-    assert peak() - before < megabytes
 
 
 def compressed(size, wbits):
