@@ -9,6 +9,8 @@ no tensor (T, B, 4U) is stacked.
 
 import tensorflow as tf
 
+from keras_bnrnn.backend.loops import blocks_back
+
 
 def forward(frames, states, kernel, recurrent_kernel, bias, turns=None):
     """Runs the forward loop.
@@ -110,83 +112,48 @@ def backward(
         through = tf.matmul(step.dicfo, transposed)
         return step.dicfo, through, step.cs_prev_grad
 
-    def added(sums, frames, h_before, d_gates):
-        """Adds gradients (rows, 4U) to those of kernel, recurrent kernel and bias."""
-        d_kernel, d_recurrent_kernel, d_bias = sums
+    def of_weights(frames, h_before, d_gates):
+        """Returns the gradients of kernel, recurrent kernel and bias by some rows."""
         return [
-            d_kernel + tf.matmul(frames, d_gates, transpose_a=True),
-            d_recurrent_kernel + tf.matmul(h_before, d_gates, transpose_a=True),
-            d_bias + tf.reduce_sum(d_gates, axis=0),
+            tf.matmul(frames, d_gates, transpose_a=True),
+            tf.matmul(h_before, d_gates, transpose_a=True),
+            tf.reduce_sum(d_gates, axis=0),
         ]
 
-    # Block k starts at timestep 1 + k * length. The last block may be shorter.
-    blocks = -((1 - timesteps) // length)
-    if turns is not None:
-        blocks = tf.where(turns > 0, blocks, 0)
+    def body(t, carry):
+        d_gates, *carry = step_back(t, c[t - 1], *carry)
+        return carry, [d_gates]
 
-    def array_of(width):
-        return tf.TensorArray(
-            dtype,
-            size=blocks,
-            element_shape=tf.TensorShape([None, width]),
-            infer_shape=False,
-        )
-
-    def block_back(k, dh, dc, sums, array):
-        start = 1 + k * length
-        end = tf.minimum(start + length, timesteps)
-        shape = tf.stack([rows, 4 * units])
-
-        def body(t, dh, dc, steps):
-            d_gates, dh, dc = step_back(t, c[t - 1], dh, dc)
-            steps = tf.raw_ops.TensorListSetItem(
-                input_handle=steps, index=t - start, item=d_gates
-            )
-            return t - 1, dh, dc, steps
-
-        steps = tf.raw_ops.TensorListReserve(
-            element_shape=shape, num_elements=end - start, element_dtype=dtype
-        )
-        _, dh, dc, steps = tf.while_loop(
-            lambda t, *_: t >= start,
-            body,
-            (end - 1, dh, dc, steps),
-            parallel_iterations=32,
-        )
-        stack = tf.raw_ops.TensorListStack(
-            input_handle=steps, element_shape=shape, element_dtype=dtype
-        )
-        d_gates = tf.reshape(stack, [-1, 4 * units])
+    def of_block(carry, stacks, start, end):
         # Slices of timesteps are no copies.
-        sums = added(
-            sums, _flat(frames[start:end]), _flat(h[start - 1 : end - 1]), d_gates
-        )
-        return k - 1, dh, dc, sums, array.write(k, d_gates)
+        d_gates, before = _flat(stacks[0]), h[start - 1 : end - 1]
+        return of_weights(_flat(frames[start:end]), _flat(before), d_gates)
 
-    zeros = [
-        tf.zeros(shape, dtype)
-        for shape in ([width, 4 * units], [units, 4 * units], [4 * units])
-    ]
-    _, dh, dc, sums, array = tf.while_loop(
-        lambda k, *_: k >= 0,
-        block_back,
-        (blocks - 1, *d_last, zeros, array_of(4 * units)),
+    def finish(d_gates):
+        product = tf.matmul(_flat(d_gates), transposed_kernel)
+        return tf.reshape(product, [tf.shape(d_gates)[0], rows, width])
+
+    (dh, dc), d_frames, sums = blocks_back(
+        body,
+        d_last,
+        [((states[0].shape[0], 4 * units), dtype)],
+        timesteps,
+        length,
+        [
+            tf.zeros(shape, dtype)
+            for shape in ([width, 4 * units], [units, 4 * units], [4 * units])
+        ],
+        of_block,
+        finish,
+        width,
+        turns,
+        # Timestep 0 follows the loop: it alone reads the states before the sequence.
+        start=1,
     )
-    # Timestep 0 follows the loop: it alone reads the states before the sequence.
     d_gates, dh, dc = step_back(0, first_c, dh, dc)
-    sums = added(sums, frames[0], first_h, d_gates)
-    # TensorFlow removes this loop if nothing needs the gradient of the frames.
-    _, d_frames = tf.while_loop(
-        lambda k, *_: k < blocks,
-        lambda k, array_of_d: (
-            k + 1,
-            array_of_d.write(k, tf.matmul(array.read(k), transposed_kernel)),
-        ),
-        (tf.constant(0), array_of(width)),
-    )
-    d_frames = tf.concat(
-        [tf.matmul(d_gates, transposed_kernel), d_frames.concat()], axis=0
-    )
+    of_first = of_weights(frames[0], first_h, d_gates)
+    sums = [a + b for a, b in zip(sums, of_first, strict=True)]
+    d_frames = tf.concat([finish(d_gates[None]), d_frames], axis=0)
     return [tf.reshape(d_frames, tf.shape(frames)), dh, dc, *map(_swapped, sums)]
 
 

@@ -14,7 +14,7 @@ from keras_bnrnn.recurrence.kept import specs_of_states, specs_of_values
 from keras_bnrnn.recurrence.schedule import timesteps_of_block
 
 
-def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
+def run(loop, derivative, inputs, states, weights, kept, d_sequences, d_last):
     """Computes the gradients of a forward loop.
 
     Past the end of a row the incoming gradients are 0 and all factors are finite, so no
@@ -23,33 +23,37 @@ def run(loop, derivative, projected, states, weights, kept, d_sequences, d_last)
     Args:
         loop: `Loop`.
         derivative: The `StepDerivative` of its step.
-        projected, states, weights: The arguments of the forward loop.
+        inputs, states, weights: The arguments of the forward loop.
         kept: `Kept`.
         d_sequences: List of the gradients of the first sequences of states.
         d_last: List of the gradients of all last states.
 
     Returns:
-        The gradient of `projected`, the list of the gradients of `states`, and the dict
+        The gradient of `inputs`, the list of the gradients of `states`, and the dict
         of the gradients of `weights.in_loop()`.
     """
     run_loop = _by_step if kept.by_step else _at_once
     return run_loop(
-        loop, derivative, projected, states, weights, kept, d_sequences, d_last
+        loop, derivative, inputs, states, weights, kept, d_sequences, d_last
     )
 
 
-def _of_weights(derivative, weights, d_projected, d_recurrent, before, after):
+def _of_weights(derivative, weights, inputs, d_projected, d_recurrent, before, after):
     """Returns the dict of the gradients of `weights.in_loop()`, from some timesteps."""
     d_weights = derivative.of_weights(d_recurrent, before, after, weights)
     d_weights["recurrent_kernel"] = backend.transposed_times(
         _flat(weights.dropped(before[0])), _flat(d_recurrent)
     )
+    if weights.kernel is not None:
+        d_weights["kernel"] = backend.transposed_times(
+            _flat(inputs), _flat(d_projected)
+        )
     if weights.bias is not None:
         d_weights["bias"] = ops.sum(_flat(d_projected), axis=0)
     return d_weights
 
 
-def _at_once(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
+def _at_once(loop, derivative, inputs, states, weights, kept, d_sequences, d_last):
     """Computes all factors before the loop. The rest is as in `run`."""
     after = kept.states
     before = [
@@ -72,7 +76,7 @@ def _at_once(loop, derivative, projected, states, weights, kept, d_sequences, d_
         d_last,
         [*factors, *d_sequences],
         [((batch, derivative.width(units)), states[0].dtype)],
-        ops.shape(projected)[0],
+        ops.shape(inputs)[0],
         unroll=loop.schedule.unroll,
         reverse=True,
         turns=loop.turns,
@@ -82,12 +86,12 @@ def _at_once(loop, derivative, projected, states, weights, kept, d_sequences, d_
         derivative.of_recurrent(gradient),
     )
     d_weights = _of_weights(
-        derivative, weights, d_projected, d_recurrent, before, after
+        derivative, weights, inputs, d_projected, d_recurrent, before, after
     )
     return d_projected, d_states, d_weights
 
 
-def _by_step(loop, derivative, projected, states, weights, kept, d_sequences, d_last):
+def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_last):
     """Computes the factors inside the loop, where they stay in the cache.
 
     The arguments are those of `run`, and so are the returned values.
@@ -126,13 +130,28 @@ def _by_step(loop, derivative, projected, states, weights, kept, d_sequences, d_
             for sequence, last in zip(before_s, carry[m:], strict=True)
         ]
         found = _of_weights(
-            derivative, weights, gradients[0], gradients[-1], before_s, after_s
+            derivative,
+            weights,
+            inputs[start:end],
+            gradients[0],
+            gradients[-1],
+            before_s,
+            after_s,
         )
         return [found[name] for name in names]
 
-    timesteps, rows = ops.shape(projected)[:2]
+    if weights.kernel is not None:
+        transposed_kernel = ops.transpose(weights.kernel)
+
+    def of_inputs(d_projected):
+        if weights.kernel is None:
+            return d_projected
+        product = ops.matmul(_flat(d_projected), transposed_kernel)
+        return ops.reshape(product, (*ops.shape(d_projected)[:2], inputs.shape[-1]))
+
+    timesteps, rows = ops.shape(inputs)[:2]
     spec = (states[0].shape[0], width), states[0].dtype
-    carry, d_projected, sums = backend.scan_blocks(
+    carry, d_inputs, sums = backend.scan_blocks(
         body,
         [*d_last, *kept.last],
         [*values, *before, *d_sequences],
@@ -141,9 +160,11 @@ def _by_step(loop, derivative, projected, states, weights, kept, d_sequences, d_
         timesteps_of_block(rows),
         [ops.zeros_like(weight) for weight in weights.in_loop().values()],
         of_block,
+        of_inputs,
+        inputs.shape[-1],
         turns=loop.turns,
     )
-    return d_projected, carry[:m], dict(zip(names, sums, strict=True))
+    return d_inputs, carry[:m], dict(zip(names, sums, strict=True))
 
 
 def _added(gradients, incoming):

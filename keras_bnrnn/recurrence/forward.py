@@ -1,12 +1,13 @@
 """Runs the forward loop."""
 
+import functools
 import typing
 
 from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn.recurrence.kept import Kept, specs_of_states, specs_of_values
-from keras_bnrnn.recurrence.schedule import Schedule
+from keras_bnrnn.recurrence.schedule import Schedule, timesteps_of_block
 
 
 class Loop(typing.NamedTuple):
@@ -50,20 +51,41 @@ def projected(inputs, weights):
     """
     if weights.kernel is None:
         return inputs, weights
-    frames = ops.reshape(inputs, (-1, inputs.shape[-1]))
-    kernel, bias = weights.kernel, weights.bias
-    weights = weights._replace(kernel=None)
-    if bias is not None and backend.in_plain_graph():
-        # One operation, which saves one in each timestep.
-        product = backend.product_and_bias(frames, kernel, bias)
-        weights = weights._replace(bias=None)
-    else:
-        product = ops.matmul(frames, kernel)
-    shape = (*ops.shape(inputs)[:-1], kernel.shape[-1])
-    return ops.reshape(product, shape), weights
+    # In a plain graph product and bias are one operation. Elsewhere the loop adds the
+    # bias.
+    bias = weights.bias if backend.in_plain_graph() else None
+    product = _product(inputs, weights.kernel, bias)
+    return product, weights._replace(
+        kernel=None, bias=None if bias is not None else weights.bias
+    )
 
 
-def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False):
+def projects_in_blocks(loop, weights):
+    """Returns whether `run` can project the input of a loop in training.
+
+    Args:
+        loop: `Loop`.
+        weights: `Weights`, with a kernel if the input is not projected yet.
+    """
+    return (
+        weights.kernel is not None
+        and loop.schedule.by_step
+        and loop.schedule.keeps
+        and not _clears(loop)  # which reads timestep 0 in place of others
+        and backend.in_plain_graph()
+    )
+
+
+def _product(frames, kernel, bias):
+    """Computes `frames . kernel + bias` of frames (n, B, D)."""
+    shape = (*ops.shape(frames)[:-1], kernel.shape[-1])
+    frames = ops.reshape(frames, (-1, frames.shape[-1]))
+    if bias is None:
+        return ops.reshape(ops.matmul(frames, kernel), shape)
+    return ops.reshape(backend.product_and_bias(frames, kernel, bias), shape)
+
+
+def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
     """Runs the forward loop.
 
     Past the end of a row the loop continues from the last states of the row, and the
@@ -73,7 +95,9 @@ def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False
 
     Args:
         loop: `Loop`.
-        projected: Tensor (T, B, G*U), the input projection.
+        inputs: Tensor (T, B, G*U), the input projection. Or, if `weights` has a kernel,
+            tensor (T, B, D): the loop then projects one block of timesteps at a time.
+            This needs `projects_in_blocks`.
         states: List of tensors (B, U); the first one is the output.
         weights: `Weights`. The bias is added to the projection.
         stacks: The number of states, the output first, that are stacked over time.
@@ -89,12 +113,17 @@ def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False
     """
     schedule = loop.schedule
     kernel = loop.kernel(weights)
-    clears = loop.valid is not None and not loop.bounded
+    clears = _clears(loop)
     reads_valid = loop.valid is not None and (loop.step_reads_valid or clears)
     if clears:
         # An activation may be singular at 0, so the step reads the row's first frame
         # there.
-        projected = ops.where(loop.valid, projected, projected[:1])
+        inputs = ops.where(loop.valid, inputs, inputs[:1])
+    timesteps, rows = ops.shape(inputs)[:2]
+    prepare = None
+    if weights.kernel is not None:
+        prepare = functools.partial(_product, kernel=weights.kernel, bias=weights.bias)
+        weights = weights._replace(kernel=None, bias=None)
     count = stacks
     if keeps and not schedule.by_step:
         count = len(states)
@@ -126,14 +155,16 @@ def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False
     last, results = backend.scan(
         body,
         states,
-        [projected, loop.valid] if reads_valid else [projected],
+        [inputs, loop.valid] if reads_valid else [inputs],
         specs,
-        timesteps(projected),
+        timesteps,
         unroll=schedule.unroll,
         differentiable=derivative is None,
         ahead=schedule.reads_ahead and derivative is not None and not keeps,
         stacks=count if keeps and schedule.by_step else None,
         turns=loop.turns,
+        prepare=prepare,
+        block=timesteps_of_block(rows),
     )
     sequences, rest = results[:count], results[count:]
     if not keeps:
@@ -148,6 +179,6 @@ def run(loop, projected, states, weights, stacks=1, derivative=None, keeps=False
     return sequences[:stacks], last, kept, []
 
 
-def timesteps(sequence):
-    """Returns T, an int if it is static."""
-    return ops.shape(sequence)[0]
+def _clears(loop):
+    """Returns whether the loop sets states to 0 past the end of a row."""
+    return loop.valid is not None and not loop.bounded

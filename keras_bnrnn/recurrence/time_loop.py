@@ -119,14 +119,15 @@ def _run(
             loop, inputs, states, weights, stacks, lengths is None
         )
     else:
-        projected, weights = forward.projected(inputs, weights)
+        if derivative is None or not forward.projects_in_blocks(loop, weights):
+            inputs, weights = forward.projected(inputs, weights)
         if derivative is None:
             sequences, last, _, collected = forward.run(
-                loop, projected, states, weights, stacks
+                loop, inputs, states, weights, stacks
             )
         else:
             sequences, last = _differentiated(
-                loop, derivative, projected, states, weights, stacks, lengths is None
+                loop, derivative, inputs, states, weights, stacks, lengths is None
             )
     if lengths is not None:
         last = [at_end(*pair, lengths) for pair in zip(sequences, states, strict=False)]
@@ -134,11 +135,11 @@ def _run(
     return sequences[0] if return_sequences else None, last, collected
 
 
-def _differentiated(loop, derivative, projected, states, weights, stacks, wants_last):
+def _differentiated(loop, derivative, inputs, states, weights, stacks, wants_last):
     """Runs a loop whose gradient is that of `derivative`.
 
     Args:
-        loop, derivative, projected, states, weights: As in `time_loop`.
+        loop, derivative, inputs, states, weights: As in `time_loop`.
         stacks: The number of stacked states.
         wants_last: Whether last states are returned.
 
@@ -150,16 +151,18 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
     kept_as = None
 
     def named(arguments):
-        projected, *rest = arguments
+        inputs, *rest = arguments
         tensors = dict(zip(in_loop, rest[count:], strict=True))
-        return projected, rest[:count], weights.replaced(tensors)
+        return inputs, rest[:count], weights.replaced(tensors)
 
     def flat(sequences, last):
         return [*sequences, *(last if wants_last else [])]
 
     def plain(*arguments):
         """Runs the loop so that the backend can differentiate it repeatedly."""
-        sequences, last, _, _ = forward.run(loop, *named(arguments), stacks)
+        inputs, states, weights = named(arguments)
+        inputs, weights = forward.projected(inputs, weights)
+        sequences, last, _, _ = forward.run(loop, inputs, states, weights, stacks)
         return flat(sequences, last)
 
     def keep_all(*arguments):
@@ -181,7 +184,7 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
         d_sequences, d_last = list(upstream[:stacks]), list(upstream[stacks:])
         if not wants_last:
             d_last = [ops.zeros_like(state) for state in states]
-        d_projected, d_states, d_weights = backward.run(
+        d_inputs, d_states, d_weights = backward.run(
             loop,
             derivative,
             *named(arguments),
@@ -189,8 +192,8 @@ def _differentiated(loop, derivative, projected, states, weights, stacks, wants_
             d_sequences,
             d_last,
         )
-        return [d_projected, *d_states, *(d_weights[name] for name in in_loop)]
+        return [d_inputs, *d_states, *(d_weights[name] for name in in_loop)]
 
     run = backend.custom_gradient(plain, keep_all if keeps else keep_nothing, gradient)
-    results = list(run(projected, *states, *in_loop.values()))
+    results = list(run(inputs, *states, *in_loop.values()))
     return results[:stacks], results[stacks:]

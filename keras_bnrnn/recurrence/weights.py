@@ -24,7 +24,11 @@ class Weights(typing.NamedTuple):
 
     def in_loop(self):
         """Returns the dict of the tensors that a time loop differentiates, by name."""
-        tensors = {"recurrent_kernel": self.recurrent_kernel, "bias": self.bias}
+        tensors = {
+            "kernel": self.kernel,
+            "recurrent_kernel": self.recurrent_kernel,
+            "bias": self.bias,
+        }
         tensors |= self.more
         return {name: value for name, value in tensors.items() if value is not None}
 
@@ -33,7 +37,7 @@ class Weights(typing.NamedTuple):
         named = dict(tensors)
         fields = {
             name: named.pop(name)
-            for name in ("recurrent_kernel", "bias")
+            for name in ("kernel", "recurrent_kernel", "bias")
             if name in named
         }
         return self._replace(more={**self.more, **named}, **fields)

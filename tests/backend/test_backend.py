@@ -41,6 +41,42 @@ def test_scan_equals_numpy(options, reverse, rng):
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 9])
+def test_scan_of_a_sequence_prepared_in_blocks(block, rng):
+    x, y, start = rng.normal(size=(3, 5, 3, 2))
+
+    def body(carry, elements):
+        (c,), (x_t, y_t) = carry, elements
+        return [0.5 * c + x_t[:, :2]], [c * y_t, c]
+
+    def prepare(x):
+        return tf.concat([2 * x, x], axis=-1)
+
+    @tf.function(autograph=False)
+    def run(x, y):
+        (last,), (stacked, unstacked) = backend.scan(
+            body,
+            [tf.constant(start[0])],
+            [x, y],
+            [((3, 2), "float64")] * 2,
+            5,
+            stacks=1,
+            prepare=prepare,
+            block=block,
+        )
+        kept = backend.unstacked(unstacked, ((3, 2), "float64"))
+        return last, stacked, backend.between(kept, 1, 4, last)
+
+    last, stacked, between = run(tf.constant(x), tf.constant(y))
+    carry, expected, carries = start[0], np.zeros_like(x), np.zeros_like(x)
+    for t in range(5):
+        expected[t], carries[t] = carry * y[t], carry
+        carry = 0.5 * carry + 2 * x[t]
+    assert gap(last, carry) <= 1e-15
+    assert gap(stacked, expected) <= 1e-15
+    assert gap(between, carries[1:4]) <= 1e-15
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 9])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_scan_blocks_equals_numpy(mode, block, rng):
     x, start = rng.normal(size=(5, 3, 2)), rng.normal(size=(3, 2))
@@ -69,6 +105,8 @@ def test_scan_blocks_equals_numpy(mode, block, rng):
             block,
             [tf.constant(10.0, tf.float64), tf.constant(0.0, tf.float64)],
             of_block,
+            lambda stack: tf.pad(3 * stack, [[0, 0], [0, 0], [0, 2]]),
+            4,
         )
 
     tensor = None
@@ -80,7 +118,8 @@ def test_scan_blocks_equals_numpy(mode, block, rng):
         expected[t] = carry * x[t]
         carry = 0.5 * carry + x[t]
     assert gap(last, carry) <= 1e-15
-    assert gap(stacked, expected) <= 1e-15
+    assert gap(stacked[..., :2], 3 * expected) <= 1e-14
+    assert stacked.shape == (5, 3, 4) and not np.any(stacked[..., 2:])
     assert gap(total, 10 + np.sum(expected * x)) <= 1e-13
     assert from_start == 0
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from helpers import KINDS, gap, random_mask, randomize
 
-from keras_bnrnn import projection
+from keras_bnrnn import backend, projection
 from keras_bnrnn.recurrence import schedule
 
 B, T, D, U = 6, 5, 3, 4
@@ -133,24 +133,43 @@ def test_every_path_agrees_with_the_loop_that_tensorflow_differentiates(
             assert gap(a, b) <= 1e-11
 
 
+@pytest.mark.slow(but=["gru-1", "gru-2", "gru-4", "peephole-2", "relu-2", "no mask-2"])
 @pytest.mark.parametrize("timesteps", [1, 2, 4])
 @pytest.mark.parametrize(
-    "kind, variant",
-    [("gru", {}), ("lstm", {"peephole": True}), ("simple_rnn", {"activation": "relu"})],
-    ids=["gru", "lstm", "simple_rnn"],
+    "kind, variant, masked, in_blocks",
+    [
+        ("gru", {}, True, True),
+        ("gru", {"use_bias": False, "statistics": "frame"}, True, False),
+        ("lstm", {"peephole": True}, True, True),
+        ("simple_rnn", {"activation": "relu"}, True, False),
+        ("simple_rnn", {"activation": "relu", "use_bias": False}, False, True),
+    ],
+    ids=["gru", "frame", "peephole", "relu", "no mask"],
 )
-def test_blocks_of_the_backward_loop(kind, variant, timesteps, rng, monkeypatch):
+def test_blocks_of_the_loops(
+    kind, variant, masked, in_blocks, timesteps, rng, monkeypatch
+):
     """Five timesteps in blocks of 1, 2 and 4 give what the eager loop gives.
 
-    1e-11, of numbers of order 1 to 100 in float64.
+    1e-11, of numbers of order 1 to 100 in float64. The input is projected in blocks too
+    if it is not normalised by frame, and if no step reads the first timestep.
     """
-    mask = tf.constant(random_mask(rng, B, T))
+    mask = tf.constant(random_mask(rng, B, T)) if masked else None
     states, x = states_of(kind, rng), tf.constant(rng.normal(size=(B, T, D)))
     layer = make(kind, rng, return_sequences=True, **variant)
     expected = results(layer, "eager", x, states, mask, True)
     monkeypatch.setattr(schedule, "BY_STEP_FROM", 0)
     monkeypatch.setattr(schedule, "BLOCK_FRAMES", timesteps * B)
+    projected_in_blocks = []
+    scan = backend.scan
+
+    def spied(*arguments, **options):
+        projected_in_blocks.append(options["prepare"] is not None)
+        return scan(*arguments, **options)
+
+    monkeypatch.setattr(backend, "scan", spied)
     found = results(layer, "graph", x, states, mask, True)
+    assert projected_in_blocks == [in_blocks]
     for a, b in zip(found, expected, strict=True):
         assert gap(a, b) <= 1e-11
 

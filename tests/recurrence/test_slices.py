@@ -77,7 +77,11 @@ def test_slices_agree_with_the_whole_batch(kind, variant, slices, rng, monkeypat
 @pytest.mark.slow(but=["lstm", "gru"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_any_size(kind, slices, rng, monkeypatch):
-    """One trace for all sizes: those below 4 rows leave the second slice empty."""
+    """One trace for all sizes: those below 4 rows leave the second slice empty.
+
+    Blocks have up to 4 timesteps of one row, and one of four rows.
+    """
+    monkeypatch.setattr(schedule, "BLOCK_FRAMES", 4)
     layer = make(kind, rng, return_sequences=True)
     start = [w.numpy() for w in layer.weights]
     count = 2 if kind == "lstm" else 1

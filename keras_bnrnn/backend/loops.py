@@ -1,0 +1,382 @@
+"""Runs loops over timesteps by TensorFlow.
+
+In a plain graph a loop can be cut into blocks of timesteps. What one product computes
+for all timesteps of a block stays in the cache until the loop has used it.
+"""
+
+import tensorflow as tf
+
+from keras_bnrnn.backend.context import in_plain_graph
+
+
+def scan(
+    body,
+    carry,
+    sequences,
+    specs,
+    length,
+    unroll=False,
+    reverse=False,
+    differentiable=False,
+    ahead=False,
+    stacks=None,
+    turns=None,
+    prepare=None,
+    block=None,
+):
+    """Runs a loop over timesteps.
+
+    Args:
+        body: Function `body(carry, elements)` of two lists of tensors. `elements` holds
+            the timestep of each sequence. It returns the next carry and the list of the
+            tensors to stack.
+        carry: List of tensors, the first carry.
+        sequences: Tensors of shape (T, ...), read one timestep at a time. An element
+            may be what `unstacked` returns.
+        specs: Shape and dtype of each tensor to stack.
+        length: T, an int or a tensor.
+        unroll: Whether to unroll the loop. T must then be an int. Default: `False`.
+        reverse: Whether t runs from T - 1 to 0. Default: `False`.
+        differentiable: Whether the backend can differentiate the loop. Otherwise
+            timesteps are read as slices. Slices cost least, but the gradient of each
+            slice has the size of the whole sequence. Default: `False`.
+        ahead: Whether to read each timestep one turn ahead. It has no effect with
+            `unroll`. Default: `False`.
+        stacks: The number of tensors to stack, the first ones of `specs`. Where
+            `in_plain_graph()`, the other ones are left as they are, one tensor for each
+            timestep. `None` (default): all are stacked.
+        turns: The number of turns, T or 0, an int or a tensor. Stacked tensors are 0 if
+            there is no turn. `None` (default): T.
+        prepare: Function that computes, from a block (n, ...) of the first sequence,
+            the block that the loop reads instead. It needs `in_plain_graph()`, and has
+            no effect on the other sequences. Not with `unroll`, `reverse` or `ahead`.
+            Default: `None`.
+        block: The number of timesteps of a block, an int or a tensor. Only with
+            `prepare`.
+
+    Returns:
+        The last carry, and the list of stacked tensors (T, ...) in the order of t. For
+        tensors left unstacked the list has what `unstacked` needs.
+    """
+    readers = [
+        _reader(sequence, length, differentiable and not unroll)
+        for sequence in sequences
+    ]
+    if unroll:
+        kept = {}
+        for t in reversed(range(length)) if reverse else range(length):
+            carry, kept[t] = body(carry, [read(t) for read in readers])
+        return list(carry), [
+            tf.stack([kept[t][i] for t in range(length)]) for i in range(len(specs))
+        ]
+
+    arrays = tuple(
+        tf.TensorArray(dtype, size=length, element_shape=tf.TensorShape(shape))
+        for shape, dtype in specs
+    )
+    last = length - 1
+
+    def elements_at(i):
+        return tuple(read(last - i if reverse else i) for read in readers)
+
+    def run(start, end, carry, arrays, elements_at, maximum=None):
+        """Runs the turns from `start` to before `end`."""
+
+        def loop_body(i, carry, elements, arrays):
+            elements_now = elements if ahead else elements_at(i)
+            carry, kept = body(list(carry), list(elements_now))
+            t = last - i if reverse else i
+            arrays = tuple(a.write(t, k) for a, k in zip(arrays, kept, strict=True))
+            elements = elements_at(tf.minimum(i + 1, last)) if ahead else ()
+            return i + 1, tuple(carry), elements, arrays
+
+        first = elements_at(0) if ahead else ()
+        _, carry, _, arrays = tf.while_loop(
+            lambda i, *_: i < end,
+            loop_body,
+            (start, tuple(carry), first, arrays),
+            # XLA differentiates a loop of a known number of turns only.
+            maximum_iterations=maximum,
+            parallel_iterations=32,
+            swap_memory=True,
+        )
+        return carry, arrays
+
+    if prepare is None:
+        end = length if turns is None else turns
+        carry, arrays = run(tf.constant(0), end, carry, arrays, elements_at, length)
+    else:
+
+        def run_block(k, carry, arrays):
+            start, end = _ends(k, block, length)
+            prepared = prepare(sequences[0][start:end])
+
+            def elements_of_block(i):
+                return prepared[i - start], *(read(i) for read in readers[1:])
+
+            return k + 1, *run(start, end, carry, arrays, elements_of_block)
+
+        blocks = _number_of_blocks(length, block, turns)
+        _, carry, arrays = tf.while_loop(
+            lambda k, *_: k < blocks, run_block, (tf.constant(0), tuple(carry), arrays)
+        )
+    rows = tf.shape(carry[0])[:1] if carry else None
+
+    def result(i):
+        if stacks is not None and i >= stacks and in_plain_graph():
+            return arrays[i].flow
+        if turns is None:
+            return arrays[i].stack()
+        return Unstacked(arrays[i].flow, specs[i]).stack(rows)
+
+    return list(carry), [result(i) for i in range(len(specs))]
+
+
+def scan_blocks(
+    body,
+    carry,
+    sequences,
+    specs,
+    length,
+    block,
+    sums,
+    of_block,
+    finish,
+    width,
+    turns=None,
+):
+    """Runs a loop from the last timestep to the first, and sums over blocks of it.
+
+    In a plain graph, the tensors of a block of timesteps are stacked and summed while
+    they are in the cache. XLA has one block.
+
+    Args:
+        body, carry, sequences, turns: As for `scan`.
+        specs: Shape and dtype of each tensor to stack.
+        length: T, an int or a tensor.
+        block: The number of timesteps of a block, an int or a tensor.
+        sums: List of tensors, where the sums start.
+        of_block: Function `(carry, stacks, start, end)` that returns the list of what
+            the timesteps from `start` to before `end` add to the sums. `carry` is what
+            the block starts from, `stacks` are its tensors (end - start, ...).
+        finish: Function that computes a tensor (n, B, F) from the first stack (n, ...)
+            of a block of n timesteps. Where nothing needs its results, TensorFlow does
+            not call it.
+        width: F.
+
+    Returns:
+        The last carry, the results of `finish` for all timesteps, (T, B, F), and the
+        list of sums.
+    """
+    if not in_plain_graph():
+        last, stacks = scan(
+            body, carry, sequences, specs, length, reverse=True, turns=turns
+        )
+        sums = _added(sums, of_block(carry, stacks, 0, length))
+        return last, finish(stacks[0]), sums
+
+    readers = [_reader(sequence, length, False) for sequence in sequences]
+    carry, finished, sums = blocks_back(
+        lambda t, carry: body(carry, [read(t) for read in readers]),
+        carry,
+        specs,
+        length,
+        block,
+        sums,
+        of_block,
+        finish,
+        width,
+        turns,
+    )
+    known = length if isinstance(length, int) else None
+    if turns is not None:
+        finished = tf.reshape(finished, [length, tf.shape(carry[0])[0], width])
+    return carry, tf.ensure_shape(finished, (known, *finished.shape[1:])), sums
+
+
+def blocks_back(
+    body,
+    carry,
+    specs,
+    length,
+    block,
+    sums,
+    of_block,
+    finish,
+    width,
+    turns=None,
+    start=0,
+):
+    """Does what `scan_blocks` does, in a plain graph, down to a timestep `start`.
+
+    Args:
+        body: Function `(t, carry)` that returns the next carry and the list of the
+            tensors to stack.
+        carry, specs, length, block, sums, of_block, finish, width, turns: As for
+            `scan_blocks`.
+        start: An int. Block k starts at `start + k * block`. Default: 0.
+
+    Returns:
+        As `scan_blocks`: of finished timesteps there are none before `start`, and none
+        at all if there is no turn.
+    """
+    blocks = _number_of_blocks(length - start, block, turns)
+    shapes = [tf.TensorShape(shape) for shape, _ in specs]
+
+    def run_block(k, carry, sums, array):
+        first, end = _ends(k, block, length, start)
+        lists = tuple(
+            tf.TensorArray(dtype, size=end - first, element_shape=shape)
+            for shape, (_, dtype) in zip(shapes, specs, strict=True)
+        )
+
+        def loop_body(t, carry, lists):
+            carry, kept = body(t, list(carry))
+            lists = tuple(
+                one.write(t - first, tensor)
+                for one, tensor in zip(lists, kept, strict=True)
+            )
+            return t - 1, tuple(carry), lists
+
+        _, after, lists = tf.while_loop(
+            lambda t, *_: t >= first,
+            loop_body,
+            (end - 1, carry, lists),
+            parallel_iterations=32,
+        )
+        stacks = [one.stack() for one in lists]
+        sums = _added(sums, of_block(list(carry), stacks, first, end))
+        return k - 1, after, tuple(sums), array.write(k, stacks[0])
+
+    def array_of(shape):
+        # The last block may be shorter.
+        return tf.TensorArray(
+            specs[0][1],
+            size=blocks,
+            element_shape=tf.TensorShape([None, *shape]),
+            infer_shape=False,
+        )
+
+    _, carry, sums, array = tf.while_loop(
+        lambda k, *_: k >= 0,
+        run_block,
+        (blocks - 1, tuple(carry), tuple(sums), array_of(shapes[0])),
+    )
+    rows, shape = tf.shape(carry[0])[0], (shapes[0][0], width)
+    # TensorFlow removes this loop if nothing needs what it computes.
+    _, finished = tf.while_loop(
+        lambda k, *_: k < blocks,
+        lambda k, finished: (k + 1, finished.write(k, finish(array.read(k)))),
+        (tf.constant(0), array_of(shape)),
+    )
+    finished = tf.raw_ops.TensorListConcatV2(
+        input_handle=finished.flow,
+        # In full: there is no turn, and no shape to read, without rows.
+        element_shape=tf.stack([-1, rows, width]),
+        leading_dims=tf.zeros([0], tf.int64),
+        element_dtype=specs[0][1],
+    ).tensor
+    return list(carry), tf.ensure_shape(finished, (None, *shape)), list(sums)
+
+
+def _number_of_blocks(length, block, turns):
+    """Returns the number of blocks, 0 if there is no turn."""
+    blocks = -(-length // block)
+    return blocks if turns is None else tf.where(tf.equal(turns, 0), 0, blocks)
+
+
+def _ends(k, block, length, start=0):
+    """Returns the first timestep of block k, and the one after its last."""
+    first = start + k * block
+    return first, tf.minimum(first + block, length)
+
+
+def _added(sums, terms):
+    """Adds two lists of tensors, one by one."""
+    return [a + b for a, b in zip(sums, terms, strict=True)]
+
+
+class Unstacked:
+    """A sequence of T tensors of one shape, as `tf.TensorArray` holds them in a graph.
+
+    Args:
+        handle: Variant tensor, the `flow` of a `tf.TensorArray`.
+        spec: Shape and dtype of a timestep.
+    """
+
+    def __init__(self, handle, spec):
+        self._handle = handle
+        self._shape, self._dtype = tf.TensorShape(spec[0]), spec[1]
+
+    def read(self, t):
+        element = tf.raw_ops.TensorListGetItem(
+            input_handle=self._handle,
+            index=t,
+            element_shape=tf.constant(-1),  # any
+            element_dtype=self._dtype,
+        )
+        element.set_shape(self._shape)
+        return element
+
+    def between(self, start, end, rows):
+        """Stacks the timesteps from `start` to before `end`; `rows` as in `stack`."""
+        stack = tf.raw_ops.TensorListGather(
+            input_handle=self._handle,
+            indices=tf.range(start, end),
+            element_shape=self._full_shape(rows),
+            element_dtype=self._dtype,
+        )
+        return tf.ensure_shape(stack, (None, *self._shape))
+
+    def _full_shape(self, rows):
+        if self._shape.rank and self._shape[0] is None:
+            return tf.concat([rows, self._shape[1:]], axis=0)
+        return self._shape
+
+    def stack(self, rows):
+        """Stacks the tensors (B, ...), zeros where no turn of a loop wrote one.
+
+        Args:
+            rows: int32 tensor of shape (1,), B.
+        """
+        stack = tf.raw_ops.TensorListStack(
+            input_handle=self._handle,
+            element_shape=self._full_shape(rows),
+            element_dtype=self._dtype,
+        )
+        return tf.ensure_shape(stack, (None, *self._shape))
+
+
+def unstacked(tensor, spec):
+    """Makes a sequence that `scan` reads from a tensor that it left unstacked.
+
+    Args:
+        tensor: The tensor.
+        spec: Shape and dtype of a timestep.
+    """
+    return Unstacked(tensor, spec) if tensor.dtype == tf.variant else tensor
+
+
+def between(sequence, start, end, like):
+    """Stacks the timesteps from `start` to before `end` of a sequence.
+
+    Args:
+        sequence: As `unstacked` returns it, of tensors (B, F).
+        start, end: Ints or scalar tensors.
+        like: Tensor of B rows.
+    """
+    if not isinstance(sequence, Unstacked):
+        return sequence[start:end]
+    return sequence.between(start, end, tf.shape(like)[:1])
+
+
+def _reader(sequence, length, differentiable):
+    """Returns a function that reads the timestep t of a sequence."""
+    if isinstance(sequence, Unstacked):
+        return sequence.read
+    if not differentiable:
+        return lambda t: sequence[t]
+    array = tf.TensorArray(
+        sequence.dtype, size=length, element_shape=sequence.shape[1:]
+    )
+    return array.unstack(sequence).read
