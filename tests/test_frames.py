@@ -188,7 +188,10 @@ def test_masked_outputs_that_repeat_pass_their_gradient_on(jit, backwards, rng):
 def test_what_overflows_past_the_end_of_a_row_reaches_nothing(
     kind, normalize, activation, rng
 ):
-    """A recurrent kernel of 16 at each of 50 padded timesteps: float32 ends at 16**32."""
+    """A recurrent kernel of 16 at each of 50 padded timesteps.
+
+    Float32 ends at 16**32.
+    """
     layer = KINDS[kind][0](
         U, activation=activation, normalize=normalize, return_sequences=True
     )
