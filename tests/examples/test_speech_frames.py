@@ -502,7 +502,14 @@ def test_more_padding_changes_nothing(
 ):
     model = example.build_model(parse(example, folder, "unused"))
 
-    @tf.function
+    # Traced once for all lengths.
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, None, 123), tf.float32),
+            tf.TensorSpec((None, None), tf.int32),
+            tf.TensorSpec((None, None), tf.float32),
+        ]
+    )
     def differentiate(features, classes, weights):
         with tf.GradientTape() as tape:
             logits = model(features, training=True)
