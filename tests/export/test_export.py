@@ -161,6 +161,7 @@ def test_padding_has_no_effect_whatever_it_holds(rng, many_ended):
     assert np.all(np.isfinite(first["label"]))
 
 
+@pytest.mark.slow(but=["True"])
 @pytest.mark.parametrize("mask_zero", [False, True])
 def test_lengths_pass_through_an_embedding(mask_zero, rng, tmp_path):
     """To rounding: on some CPUs a product with more rows rounds its last bit apart."""
@@ -294,7 +295,7 @@ def test_dicts_name_the_ends_and_an_unnamed_input_is_inputs(rng, tmp_path):
     y = keras_bnrnn.BNLSTM(2, return_sequences=True)(a)
     model = keras.Model({"b": b, "a": a}, {"z": keras_bnrnn.BNGRU(2)(b), "y": y})
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "dicts"))
+    serve = serving(export_saved_model(model, tmp_path / "dicts", streaming=False))
     x = {
         "a": rng.normal(size=(2, 4, 3)).astype("float32"),
         "b": rng.normal(size=(2, 6, 2)).astype("float32"),
@@ -368,7 +369,7 @@ def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
         ]
     )
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "conv"))
+    serve = serving(export_saved_model(model, tmp_path / "conv", streaming=False))
     x = rng.normal(size=(1, 60, 3)).astype("float32")
     y = serve(x=tf.constant(x), lengths=tf.constant([60]))["y"]
     assert gap(y, fold(model)(x)) <= TOLERANCE

@@ -222,7 +222,7 @@ def test_the_graph_refuses_wrong_shapes(version, tmp_path):
     assert_refuses(wrong, answers)
 
 
-@pytest.mark.slow(but=["free"])
+@pytest.mark.slow
 def test_a_session_in_c_refuses_wrong_shapes(version, serve_in_c):
     """Of the version as it is: what a signature says of shapes, no optimizer trusts."""
     path, good, wrong = version

@@ -170,24 +170,34 @@ def signatures_of(path):
 
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory):
-    """A causal model, its weights before its export, and the signatures of that."""
+    """A causal model, its weights before its export, and the signatures of that.
+
+    The model is folded, and traced once for all lengths.
+    """
     model = causal_model(np.random.default_rng(20151005))
     before = model.get_weights()
     path = export_saved_model(model, tmp_path_factory.mktemp("causal"))
     loaded, signatures = signatures_of(path)
-    yield model, before, signatures
+    folded = fold(model)
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, None, 3]), tf.TensorSpec([None, 2])]
+    )
+    def infer(x, speaker):
+        return folded([x, speaker])
+
+    yield model, before, infer, signatures
     del loaded  # until here: signatures do not keep variables alive
 
 
 def test_frames_one_by_one_are_the_sequence(rng, causal):
-    model, _, signatures = causal
+    _, _, infer, signatures = causal
     assert {"serving_default", "serve", "step", "chunk", "initial_state"} == set(
         signatures
     )
     x = rng.normal(size=(3, 6, 3)).astype("float32")
     speaker = tf.constant(rng.normal(size=(3, 2)), tf.float32)
-    folded = fold(model)
-    frames, _ = folded([tf.constant(x), speaker])
+    frames, _ = infer(tf.constant(x), speaker)
 
     states = signatures["initial_state"](x=tf.constant(x))
     assert set(states) == {*STATES, "t"}
@@ -196,19 +206,16 @@ def test_frames_one_by_one_are_the_sequence(rng, causal):
         states = {name: answer.pop(name) for name in states}
         assert set(answer) == {"frames", "label"}
         assert gap(answer["frames"], frames[:, t]) <= TOLERANCE
-        assert (
-            gap(answer["label"], folded([tf.constant(x[:, : t + 1]), speaker])[1])
-            <= TOLERANCE
-        )
+        label = infer(tf.constant(x[:, : t + 1]), speaker)[1]
+        assert gap(answer["label"], label) <= TOLERANCE
         np.testing.assert_array_equal(states["t"], [t + 1] * 3)
 
 
 def test_chunks_of_any_size_are_the_sequence(rng, causal):
-    model, _, signatures = causal
+    _, _, infer, signatures = causal
     x = rng.normal(size=(4, 9, 3)).astype("float32")
     speaker = tf.constant(rng.normal(size=(4, 2)), tf.float32)
-    folded = fold(model)
-    frames, _ = folded([tf.constant(x), speaker])
+    frames, _ = infer(tf.constant(x), speaker)
     states = signatures["initial_state"](x=tf.constant(x[:, 0]))
     # How many frames of each row come in each chunk; none, for some.
     plan = np.array([[3, 0, 1, 2], [2, 4, 0, 1], [4, 5, 5, 0]])
@@ -232,8 +239,8 @@ def test_chunks_of_any_size_are_the_sequence(rng, causal):
             assert not np.any(answer["frames"][row, n:])
             seen[row] += n
             if seen[row]:
-                label = folded(
-                    [tf.constant(x[row : row + 1, : seen[row]]), speaker[row : row + 1]]
+                label = infer(
+                    tf.constant(x[row : row + 1, : seen[row]]), speaker[row : row + 1]
                 )[1]
                 assert gap(answer["label"][row], label[0]) <= TOLERANCE
         np.testing.assert_array_equal(states["t"], seen)
@@ -249,7 +256,7 @@ def test_chunks_of_any_size_are_the_sequence(rng, causal):
 
 
 def test_states_of_another_batch_size_fail(causal):
-    _, _, signatures = causal
+    _, _, _, signatures = causal
     states = signatures["initial_state"](x=tf.zeros((1, 3)))
     frame = {"x": tf.zeros((2, 3)), "speaker": tf.zeros((2, 2))}
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"`lower_h`.*`x`"):
@@ -321,7 +328,6 @@ def not_causal(kind):
     but=[
         "bidirectional-'both' reads sequences from both ends",
         "convolution-several timesteps",
-        "attention-several timesteps",
         "fixed-timesteps is fixed",
     ]
 )
@@ -348,8 +354,8 @@ def test_models_that_need_the_whole_sequence(kind, reason, tmp_path):
     assert set(signatures) == {"serving_default", "serve"}
 
 
-def test_streaming_can_be_left_out(rng, tmp_path):
-    model = causal_model(rng)
+def test_streaming_can_be_left_out(tmp_path):
+    model = keras.Sequential([keras.Input((None, 3)), keras_bnrnn.BNLSTM(4)])
     path = export_saved_model(model, tmp_path / "m", streaming=False)
     assert set(signatures_of(path)[1]) == {"serving_default", "serve"}
     with pytest.raises(ValueError, match=r"`streaming` must be.*streaming='yes'"):
@@ -357,7 +363,7 @@ def test_streaming_can_be_left_out(rng, tmp_path):
 
 
 def test_weights_are_back_after_the_trial_of_causality(rng, causal):
-    model, before, signatures = causal
+    model, before, _, signatures = causal
     for a, b in itertools.zip_longest(before, model.get_weights()):
         np.testing.assert_array_equal(a, b)
     x = tf.constant(rng.normal(size=(2, 5, 3)), tf.float32)
@@ -366,6 +372,7 @@ def test_weights_are_back_after_the_trial_of_causality(rng, causal):
     assert gap(answer["frames"], fold(model)([x, speaker])[0]) <= TOLERANCE
 
 
+@pytest.mark.slow(but=["3"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_batch_size_that_is_fixed(rows, rng, tmp_path):
     model = keras.Sequential(
