@@ -170,34 +170,24 @@ def signatures_of(path):
 
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory):
-    """A causal model, its weights before its export, and the signatures of that.
-
-    The model is folded, and traced once for all lengths.
-    """
+    """A causal model, its weights before its export, and the signatures of that."""
     model = causal_model(np.random.default_rng(20151005))
     before = model.get_weights()
     path = export_saved_model(model, tmp_path_factory.mktemp("causal"))
     loaded, signatures = signatures_of(path)
-    folded = fold(model)
-
-    @tf.function(
-        input_signature=[tf.TensorSpec([None, None, 3]), tf.TensorSpec([None, 2])]
-    )
-    def infer(x, speaker):
-        return folded([x, speaker])
-
-    yield model, before, infer, signatures
+    yield model, before, signatures
     del loaded  # until here: signatures do not keep variables alive
 
 
 def test_frames_one_by_one_are_the_sequence(rng, causal):
-    _, _, infer, signatures = causal
+    model, _, signatures = causal
     assert {"serving_default", "serve", "step", "chunk", "initial_state"} == set(
         signatures
     )
     x = rng.normal(size=(3, 6, 3)).astype("float32")
     speaker = tf.constant(rng.normal(size=(3, 2)), tf.float32)
-    frames, _ = infer(tf.constant(x), speaker)
+    folded = fold(model)
+    frames, _ = folded([tf.constant(x), speaker])
 
     states = signatures["initial_state"](x=tf.constant(x))
     assert set(states) == {*STATES, "t"}
@@ -206,16 +196,19 @@ def test_frames_one_by_one_are_the_sequence(rng, causal):
         states = {name: answer.pop(name) for name in states}
         assert set(answer) == {"frames", "label"}
         assert gap(answer["frames"], frames[:, t]) <= TOLERANCE
-        label = infer(tf.constant(x[:, : t + 1]), speaker)[1]
-        assert gap(answer["label"], label) <= TOLERANCE
+        assert (
+            gap(answer["label"], folded([tf.constant(x[:, : t + 1]), speaker])[1])
+            <= TOLERANCE
+        )
         np.testing.assert_array_equal(states["t"], [t + 1] * 3)
 
 
 def test_chunks_of_any_size_are_the_sequence(rng, causal):
-    _, _, infer, signatures = causal
+    model, _, signatures = causal
     x = rng.normal(size=(4, 9, 3)).astype("float32")
     speaker = tf.constant(rng.normal(size=(4, 2)), tf.float32)
-    frames, _ = infer(tf.constant(x), speaker)
+    folded = fold(model)
+    frames, _ = folded([tf.constant(x), speaker])
     states = signatures["initial_state"](x=tf.constant(x[:, 0]))
     # How many frames of each row come in each chunk; none, for some.
     plan = np.array([[3, 0, 1, 2], [2, 4, 0, 1], [4, 5, 5, 0]])
@@ -239,8 +232,8 @@ def test_chunks_of_any_size_are_the_sequence(rng, causal):
             assert not np.any(answer["frames"][row, n:])
             seen[row] += n
             if seen[row]:
-                label = infer(
-                    tf.constant(x[row : row + 1, : seen[row]]), speaker[row : row + 1]
+                label = folded(
+                    [tf.constant(x[row : row + 1, : seen[row]]), speaker[row : row + 1]]
                 )[1]
                 assert gap(answer["label"][row], label[0]) <= TOLERANCE
         np.testing.assert_array_equal(states["t"], seen)
@@ -256,7 +249,7 @@ def test_chunks_of_any_size_are_the_sequence(rng, causal):
 
 
 def test_states_of_another_batch_size_fail(causal):
-    _, _, _, signatures = causal
+    _, _, signatures = causal
     states = signatures["initial_state"](x=tf.zeros((1, 3)))
     frame = {"x": tf.zeros((2, 3)), "speaker": tf.zeros((2, 2))}
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"`lower_h`.*`x`"):
@@ -363,7 +356,7 @@ def test_streaming_can_be_left_out(tmp_path):
 
 
 def test_weights_are_back_after_the_trial_of_causality(rng, causal):
-    model, before, _, signatures = causal
+    model, before, signatures = causal
     for a, b in itertools.zip_longest(before, model.get_weights()):
         np.testing.assert_array_equal(a, b)
     x = tf.constant(rng.normal(size=(2, 5, 3)), tf.float32)
