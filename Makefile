@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_VENV := .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
+# Python keeps compiled modules, whatever the environment says. Without, every process
+# that imports TensorFlow compiles its modules again, which takes ten seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all lint bench experiments figures notebooks links docs
 .PHONY: fuzz mutants release-check matrix venv clean

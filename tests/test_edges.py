@@ -185,7 +185,7 @@ def test_folding_leaves_the_model_compiled(rng, monkeypatch):
 
 def test_a_folded_model_has_no_slots_until_it_trains(rng):
     model = keras.Sequential([keras.Input((T, D)), BNLSTM(U), keras.layers.Dense(1)])
-    model.compile("adam", "mse", metrics=["mae"])
+    model.compile("adam", "mse", metrics=["mae"], run_eagerly=True)
     x, y = frames(rng), np.zeros((B, 1))
     model.fit(x, y, verbose=0)
     folded = fold(model)

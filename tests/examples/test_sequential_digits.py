@@ -229,6 +229,7 @@ def test_a_run_of_the_stock_layer(example, tmp_path, capsys):
     assert "dev accuracy" in printed and "Recalibrating" not in printed
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_one_that_was_not_stopped(
     example, tmp_path, monkeypatch, capsys
 ):

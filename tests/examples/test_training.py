@@ -45,7 +45,9 @@ def fit(training, rng):
                 keras.layers.Dense(1),
             ]
         )
-        model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+        optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+        # XLA would take longer to compile the model than the runs take.
+        model.compile(optimizer, "mse", jit_compile=False)
         order = training.EpochOrder(COUNT, seed=7)
         data = order.dataset().map(lambda i: (tf.gather(x, i), tf.gather(y, i)))
         rows = training.fit(

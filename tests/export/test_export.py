@@ -1,6 +1,7 @@
 """Exported versions: what they answer, where they load, what they refuse."""
 
 import doctest
+import functools
 import json
 import os
 import pathlib
@@ -80,17 +81,33 @@ def serving(path):
     return signature
 
 
-def test_answers_each_row_as_if_it_were_alone(rng, tmp_path):
-    model = per_step_model(rng)
-    folded = fold(model)
-    serve = serving(export_saved_model(model, tmp_path / "m"))
+@pytest.fixture(scope="module")
+def per_step(tmp_path_factory):
+    """`per_step_model` folded, and what its version serves."""
+    model = per_step_model(np.random.default_rng(20151005))
+    path = export_saved_model(model, tmp_path_factory.mktemp("per_step"))
+    return fold(model), serving(path)
+
+
+@pytest.fixture(scope="module")
+def many_ended(tmp_path_factory):
+    """`many_ended_model` folded, and what its version serves."""
+    model = many_ended_model(np.random.default_rng(20151005))
+    path = export_saved_model(model, tmp_path_factory.mktemp("many_ended"))
+    return fold(model), serving(path)
+
+
+def test_answers_each_row_as_if_it_were_alone(rng, per_step):
+    folded, serve = per_step
+    # Traced once for all lengths.
+    infer = tf.function(folded, input_signature=[tf.TensorSpec([1, None, 5])])
     for batch, timesteps in ((1, 6), (64, 9), (3, 40)):
         x = rng.normal(size=(batch, timesteps, 5)).astype("float32")
         lengths = rng.integers(1, timesteps + 1, batch).astype("int32")
         logits = serve(features=tf.constant(x), lengths=tf.constant(lengths))["logits"]
         assert logits.shape == (batch, timesteps, 2)
         for row, n in enumerate(lengths):
-            alone = folded(x[row : row + 1, :n])[0]
+            alone = infer(x[row : row + 1, :n])[0]
             assert gap(logits[row, :n], alone) <= TOLERANCE
             assert not np.any(logits[row, n:])
 
@@ -110,10 +127,8 @@ def test_reversed_outputs_end_with_the_first_frame(rng, tmp_path):
     assert gap(y[1], fold(model)(x[1:])[0]) <= TOLERANCE
 
 
-def test_padding_has_no_effect_whatever_it_holds(rng, tmp_path):
-    model = many_ended_model(rng)
-    folded = fold(model)
-    serve = serving(export_saved_model(model, tmp_path / "m"))
+def test_padding_has_no_effect_whatever_it_holds(rng, many_ended):
+    folded, serve = many_ended
     ids = rng.integers(0, 9, (5, 8)).astype("int32")
     frames = rng.normal(size=(5, 8, 3)).astype("float32")
     frames[2, 1] = 2.0  # masked by its value, inside the sequence
@@ -146,6 +161,7 @@ def test_padding_has_no_effect_whatever_it_holds(rng, tmp_path):
     assert np.all(np.isfinite(first["label"]))
 
 
+@pytest.mark.slow(but=["True"])
 @pytest.mark.parametrize("mask_zero", [False, True])
 def test_lengths_pass_through_an_embedding(mask_zero, rng, tmp_path):
     """To rounding: on some CPUs a product with more rows rounds its last bit apart."""
@@ -168,9 +184,8 @@ def test_lengths_pass_through_an_embedding(mask_zero, rng, tmp_path):
     assert gap(out, fold(model)(ids)) <= TOLERANCE
 
 
-def test_lengths_are_clamped_and_answers_repeat(rng, tmp_path):
-    model = per_step_model(rng)
-    serve = serving(export_saved_model(model, tmp_path / "m"))
+def test_lengths_are_clamped_and_answers_repeat(rng, per_step):
+    _, serve = per_step
     x = tf.constant(rng.normal(size=(2, 6, 5)), tf.float32)
 
     def logits(*lengths):
@@ -245,10 +260,9 @@ def run_python(script, *arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_the_graph_holds_stock_operations_only(rng, tmp_path):
-    path = export_saved_model(per_step_model(rng), tmp_path / "m")
-    saved = tf.saved_model.load(path)
-    graph = saved.signatures["serving_default"].graph.as_graph_def()
+def test_the_graph_holds_stock_operations_only(per_step):
+    _, serve = per_step
+    graph = serve.graph.as_graph_def()
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
     ops = {node.op for node in nodes}
     assert not ops & {"CudnnRNNV3", "PyFunc", "EagerPyFunc", "AssignVariableOp"}
@@ -259,8 +273,8 @@ def test_the_graph_holds_stock_operations_only(rng, tmp_path):
     )
 
 
-def test_names_dtypes_and_shapes_of_the_signature(rng, tmp_path):
-    serve = serving(export_saved_model(many_ended_model(rng), tmp_path / "m"))
+def test_names_dtypes_and_shapes_of_the_signature(many_ended):
+    _, serve = many_ended
     _, inputs = serve.structured_input_signature
     assert {n: (s.dtype, s.shape.as_list()) for n, s in inputs.items()} == {
         "ids": (tf.int32, [None, None]),
@@ -281,7 +295,7 @@ def test_dicts_name_the_ends_and_an_unnamed_input_is_inputs(rng, tmp_path):
     y = keras_bnrnn.BNLSTM(2, return_sequences=True)(a)
     model = keras.Model({"b": b, "a": a}, {"z": keras_bnrnn.BNGRU(2)(b), "y": y})
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "dicts"))
+    serve = serving(export_saved_model(model, tmp_path / "dicts", streaming=False))
     x = {
         "a": rng.normal(size=(2, 4, 3)).astype("float32"),
         "b": rng.normal(size=(2, 6, 2)).astype("float32"),
@@ -295,7 +309,7 @@ def test_dicts_name_the_ends_and_an_unnamed_input_is_inputs(rng, tmp_path):
         assert gap(answer[name], expected[name]) <= TOLERANCE
 
     plain = keras.Sequential([keras.Input((None, 2)), keras_bnrnn.BNLSTM(2)])
-    serve = serving(export_saved_model(plain, tmp_path / "plain"))
+    serve = serving(export_saved_model(plain, tmp_path / "plain", streaming=False))
     assert set(serve.structured_input_signature[1]) == {"inputs", "lengths"}
 
 
@@ -355,7 +369,7 @@ def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
         ]
     )
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "conv"))
+    serve = serving(export_saved_model(model, tmp_path / "conv", streaming=False))
     x = rng.normal(size=(1, 60, 3)).astype("float32")
     y = serve(x=tf.constant(x), lengths=tf.constant([60]))["y"]
     assert gap(y, fold(model)(x)) <= TOLERANCE
@@ -386,8 +400,8 @@ def test_floats_leave_as_float32(policy, rng, tmp_path):
             layers.Dense(2, dtype=policy, name="y"),
         ]
     )
-    serve = serving(export_saved_model(model, tmp_path / "m"))
-    y = serve(x=tf.ones((2, 4, 3)), lengths=tf.constant([4, 2]))["y"]
+    path = export_saved_model(model, tmp_path / "m", streaming=False)
+    y = serving(path)(x=tf.ones((2, 4, 3)), lengths=tf.constant([4, 2]))["y"]
     assert y.dtype == tf.float32
 
 
@@ -397,7 +411,7 @@ def test_a_layer_that_cannot_fold_is_exported_as_it_is(rng, tmp_path):
     )
     randomize_model(model, rng)
     with pytest.warns(UserWarning, match="peephole"):
-        path = export_saved_model(model, tmp_path / "m")
+        path = export_saved_model(model, tmp_path / "m", streaming=False)
     x = rng.normal(size=(3, 5, 3)).astype("float32")
     (y,) = serving(path)(x=tf.constant(x), lengths=tf.constant([5, 5, 5])).values()
     assert gap(y, model(x)) <= TOLERANCE
@@ -406,16 +420,18 @@ def test_a_layer_that_cannot_fold_is_exported_as_it_is(rng, tmp_path):
 def test_versions_count_up_and_are_never_overwritten(tmp_path):
     model = small_model()
     directory = tmp_path / "not" / "there yet"
-    assert export_saved_model(model, directory) == directory / "1"
-    assert export_saved_model(model, directory, 7) == directory / "7"
-    assert export_saved_model(model, str(directory)) == directory / "8"
+    # Neither streams nor warm-up: that saves time.
+    export = functools.partial(export_saved_model, model, streaming=False, warmup=None)
+    assert export(directory) == directory / "1"
+    assert export(directory, 7) == directory / "7"
+    assert export(str(directory)) == directory / "8"
     (directory / "0009").mkdir()  # TensorFlow Serving reads this as version 9
     before = contents(directory)
     for version in (7, 9):
         with pytest.raises(VersionExistsError, match=f"`version`.*version={version} "):
-            export_saved_model(model, directory, version)
+            export(directory, version)
     assert contents(directory) == before
-    assert export_saved_model(model, directory).name == "10"
+    assert export(directory).name == "10"
 
 
 def small_model():
@@ -457,8 +473,8 @@ def test_a_poller_never_sees_half_a_version(tmp_path):
     assert mode & 0o055 or os.umask(os.umask(0)) & 0o055  # others may read it
 
 
-def test_a_failed_export_leaves_nothing(rng, tmp_path, monkeypatch):
-    model = per_step_model(rng)
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    model = small_model()
 
     def save(obj, path, **kwargs):
         pathlib.Path(path).mkdir()
@@ -467,7 +483,7 @@ def test_a_failed_export_leaves_nothing(rng, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tf.saved_model, "save", save)
     with pytest.raises(OSError, match="disk full"):
-        export_saved_model(model, tmp_path)
+        export_saved_model(model, tmp_path, streaming=False)
     assert contents(tmp_path) == {}
 
 
@@ -558,17 +574,19 @@ def test_a_model_that_cannot_be_served_is_refused(make, message, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-def test_a_directory_that_is_not_local_is_refused(rng, tmp_path, monkeypatch):
+def test_a_directory_that_is_not_local_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"`directory`.*'gs://bucket/m'"):
-        export_saved_model(per_step_model(rng), "gs://bucket/m")
+        export_saved_model(small_model(), "gs://bucket/m")
     with pytest.raises(ValueError, match=r"`signatures`.*'text', which returned 3"):
-        export_saved_model(per_step_model(rng), "m", signatures={"text": lambda _: 3})
+        export_saved_model(
+            small_model(), "m", streaming=False, signatures={"text": lambda _: 3}
+        )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("version", [-1, 1.5, "1", True])
-def test_a_bad_version_is_refused(version, rng, tmp_path):
+def test_a_bad_version_is_refused(version, tmp_path):
     with pytest.raises(ValueError, match=f"`version`.*version={version!r}"):
-        export_saved_model(per_step_model(rng), tmp_path / "m", version)
+        export_saved_model(small_model(), tmp_path / "m", version)
     assert not (tmp_path / "m").exists()

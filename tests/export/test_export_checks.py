@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,17 @@ def tagger(rng, units=4):
     return model
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tagger that trained for a step, and the path of its version."""
+    rng = np.random.default_rng(20151005)
+    model = tagger(rng)
+    model.compile(keras.optimizers.Adam(0.25), "mse", run_eagerly=True)
+    model.fit(rng.integers(0, 9, (4, 5)), rng.normal(size=(4, 5, 3)), verbose=0)
+    directory = tmp_path_factory.mktemp("tagger")
+    return model, export_saved_model(model, directory, provenance={"commit": "abc"})
+
+
 def records(path):
     logs = tf.data.TFRecordDataset(str(path / WARMUP_FILE)).as_numpy_iterator()
     requests = [
@@ -59,8 +71,8 @@ def records(path):
     ]
 
 
-def test_warmup_has_a_request_for_each_signature(rng, tmp_path):
-    path = export_saved_model(tagger(rng), tmp_path / "m")
+def test_warmup_has_a_request_for_each_signature(exported):
+    _, path = exported
     found = records(path)
     assert [name for name, _ in found] == [
         "serving_default",
@@ -104,7 +116,7 @@ def test_warmup_of_ones_own(rng, tmp_path):
         ([{"ids": [[1.5]], "lengths": [1]}], "`warmup` must hold int32 for 'ids'"),
         ([{"ids": [1], "lengths": [1]}], r"`warmup` must hold the shape.*shape \(1,\)"),
         ({"classify": []}, "`warmup` must name signatures.*'classify'"),
-        ({"step": 3}, r"`warmup` must have a list.*warmup\['step'\]=3"),
+        ({"serve": 3}, r"`warmup` must have a list.*warmup\['serve'\]=3"),
         ([{"ids": [[1]], "lengths": [1]}] * 1001, "at most 1000 requests.*1001"),
         ([7], "`warmup` must be a dict of arrays.*with 7"),
     ],
@@ -112,14 +124,16 @@ def test_warmup_of_ones_own(rng, tmp_path):
 )
 def test_bad_warmup(warmup, message, rng, tmp_path):
     with pytest.raises(ValueError, match=message.replace("must be", ".*must be")):
-        export_saved_model(tagger(rng), tmp_path / "m", warmup=warmup)
+        export_saved_model(tagger(rng), tmp_path / "m", streaming=False, warmup=warmup)
     assert not (tmp_path / "m").exists()
 
 
 def test_warmup_that_fails_is_not_published(rng, tmp_path):
     request = {"ids": [[1, 2]], "lengths": [2, 2]}  # fits, but for the batch size
     with pytest.raises(tf.errors.InvalidArgumentError, match="`lengths`"):
-        export_saved_model(tagger(rng), tmp_path / "m", warmup=[request])
+        export_saved_model(
+            tagger(rng), tmp_path / "m", streaming=False, warmup=[request]
+        )
     assert not list((tmp_path / "m").iterdir())
 
 
@@ -136,7 +150,7 @@ def test_answers_other_than_the_models_are_not_published(rng, tmp_path, monkeypa
 
     monkeypatch.setattr(exporter, "ServedModel", Broken)
     with pytest.raises(ExportMismatchError, match=r"0\.0001.*'tags', which differs"):
-        export_saved_model(model, tmp_path / "m")
+        export_saved_model(model, tmp_path / "m", streaming=False)
     assert not list((tmp_path / "m").iterdir())
 
 
@@ -173,7 +187,7 @@ def test_operations_that_tensorflow_serving_lacks(rng, tmp_path):
         [keras.Input((None, 3), name="x"), keras_bnrnn.BNLSTM(4), InPython()]
     )
     with pytest.raises(ValueError, match=r"TensorFlow Serving has.*PyFunc.*Python"):
-        export_saved_model(model, tmp_path / "m")
+        export_saved_model(model, tmp_path / "m", streaming=False)
     assert not list((tmp_path / "m").iterdir())
 
 
@@ -191,11 +205,8 @@ def test_the_list_of_text_operations_is_that_of_the_package():
     assert "neither" in operations.why_not_served("NobodysOp")
 
 
-def test_manifest(rng, tmp_path):
-    model = tagger(rng)
-    model.compile(keras.optimizers.Adam(0.25), "mse")
-    model.fit(rng.integers(0, 9, (4, 5)), rng.normal(size=(4, 5, 3)), verbose=0)
-    path = export_saved_model(model, tmp_path / "m", provenance={"commit": "abc"})
+def test_manifest(exported, tmp_path):
+    model, path = exported
     manifest = json.loads((path / "keras_bnrnn.json").read_text())
     assert manifest["model"] == "tagger"
     assert manifest["versions"]["tensorflow"] == tf.__version__
@@ -257,9 +268,9 @@ def test_the_versions_listed_are_of_packages_in_use(rng, tmp_path, capsys):
             assert (f"{name} " in out) == (name in more)
 
 
-def test_inspect(rng, tmp_path, capsys):
-    export_saved_model(tagger(rng), tmp_path / "m")
-    path = export_saved_model(tagger(rng), tmp_path / "m")
+def test_inspect(exported, tmp_path, capsys):
+    shutil.copytree(exported[1], tmp_path / "m" / "1")
+    path = shutil.copytree(exported[1], tmp_path / "m" / "2")
     assert inspection.main([str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
     for text in (str(path), "lower_c", "(?, 4)", "BNLSTM", "BlockLSTMV2", "4 warm-up"):
@@ -431,7 +442,9 @@ def test_serve_xla_is_tried_before_it_is_published(rng, tmp_path, monkeypatch):
     make = functions.xla_function
     monkeypatch.setattr(functions, "xla_function", broken)
     with pytest.raises(tf.errors.InvalidArgumentError, match="broken"):
-        export_saved_model(recurrent(rng), tmp_path / "m", xla_buckets=[(2, 3)])
+        export_saved_model(
+            recurrent(rng), tmp_path / "m", streaming=False, xla_buckets=[(2, 3)]
+        )
     assert not list((tmp_path / "m").iterdir())
 
 

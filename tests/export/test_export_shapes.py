@@ -88,10 +88,12 @@ def export(kind, rng, directory):
     if kind == "one size":
         path = export_saved_model(of_one_size(rng), directory, lengths=True)
         return path, {"serving_default": {"x": x, "lengths": lengths}}
-    batch_size = ROWS if kind == "fixed batch" else None
-    model = tracker(rng, batch_size)
-    buckets = None if batch_size else [(4, 8)]
-    path = export_saved_model(model, directory, xla_buckets=buckets)
+    model = tracker(rng, ROWS if kind == "fixed batch" else None)
+    if kind == "xla":
+        options = {"streaming": False, "xla_buckets": [(4, 8)]}
+    else:
+        options = {"streaming": True}
+    path = export_saved_model(model, directory, **options)
     speaker = rng.normal(size=(ROWS, 2)).astype("float32")
     sizes = {"lower_h": 4, "lower_c": 4, "upper_h": 5, "top_h": 3}
     states = {
@@ -99,16 +101,15 @@ def export(kind, rng, directory):
     }
     states["t"] = np.array([0, 7, 1], "int32")
     whole = {"x": x, "speaker": speaker, "lengths": lengths}
-    requests = {
+    if kind == "xla":
+        return path, {"serve_xla": whole}
+    return path, {
         "serving_default": whole,
         "serve": whole,
         "step": {"x": x[:, 0], "speaker": speaker, **states},
         "chunk": {**whole, **states},
         "initial_state": {"x": x},
     }
-    if buckets:
-        requests["serve_xla"] = whole
-    return path, requests
 
 
 def wrong_shapes(shape, fixed_axes, alone):
@@ -158,7 +159,13 @@ def wrong_requests(path, good):
     return wrong
 
 
-OPTIONS = {"free": ["one_row"], "fixed batch": [], "one size": [], "text": ["one_row"]}
+OPTIONS = {
+    "free": ["one_row"],
+    "xla": ["one_row"],
+    "fixed batch": [],
+    "one size": [],
+    "text": ["one_row"],
+}
 
 
 @pytest.fixture(scope="module", params=list(OPTIONS))
@@ -184,7 +191,7 @@ def assert_refuses(wrong, answers):
         assert f"[`{name}`] [{received}]" in answer.message, f"{where}: {answer}"
 
 
-@pytest.mark.slow(but=["free"])
+@pytest.mark.slow
 def test_the_graph_refuses_wrong_shapes(version, tmp_path):
     path, good, wrong = version
     copy = shutil.copytree(path, tmp_path / "1")
@@ -215,7 +222,7 @@ def test_the_graph_refuses_wrong_shapes(version, tmp_path):
     assert_refuses(wrong, answers)
 
 
-@pytest.mark.slow(but=["free"])
+@pytest.mark.slow
 def test_a_session_in_c_refuses_wrong_shapes(version, serve_in_c):
     """Of the version as it is: what a signature says of shapes, no optimizer trusts."""
     path, good, wrong = version
@@ -280,5 +287,7 @@ def test_a_wrong_shape_fails_warmup(rng, tmp_path):
     request = {"x": np.zeros((2, 5, 3)), "speaker": np.zeros((2, 2)), "lengths": [5]}
     message = r"`lengths` must have the shape \(B,\), with the B of `x`"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        export_saved_model(tracker(rng), tmp_path / "m", warmup=[request])
+        export_saved_model(
+            tracker(rng), tmp_path / "m", streaming=False, warmup=[request]
+        )
     assert not list(pathlib.Path(tmp_path / "m").iterdir())

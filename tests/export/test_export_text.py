@@ -211,6 +211,7 @@ OF_CHARACTERS = (
 
 
 some_kinds = pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+fewer_kinds = pytest.mark.slow(but=["words", "bytes"])
 
 
 class TestTextOfALanguageModel:
@@ -260,7 +261,7 @@ class TestTextOfALanguageModel:
         )
         assert generate(found, TEXTS) == generate(expected, TEXTS)
 
-    @some_kinds
+    @fewer_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_no_text_and_texts_of_nothing(self, kind):
         signatures = case(kind).signatures
@@ -291,7 +292,7 @@ class TestTextOfALanguageModel:
 
 
 class TestGenerate:
-    @some_kinds
+    @fewer_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_greedy_is_a_loop_over_the_whole_prefix(self, kind):
         this, counts = case(kind), [6, 8, 0, 3, 7]

@@ -134,7 +134,7 @@ def test_each_layer(kind, layer, rng, tmp_path):
         assert found["LSTM"] == (layer == "lstm")
 
 
-@pytest.mark.slow(but=["litert-lstm", "onnx-gru"])
+@pytest.mark.slow(but=["litert-lstm"])
 @pytest.mark.parametrize("layer", ["lstm", "gru"])
 def test_bidirectional(kind, layer, rng, tmp_path):
     forward = KINDS[layer][0](4, return_sequences=True)
@@ -222,7 +222,7 @@ def test_several_inputs_and_outputs(kind, rng, tmp_path):
         assert operations(path)["UNIDIRECTIONAL_SEQUENCE_LSTM"] == 1
 
 
-@pytest.mark.slow(but=["onnx"])
+@pytest.mark.slow
 def test_fixed_sizes(kind, rng, tmp_path):
     model = keras.Sequential(
         [

@@ -25,7 +25,7 @@ from serving_backends import copy_version, embedded_only, is_embedded, served, w
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 CLIENTS = 64
-LOAD_SECONDS = 5
+LOAD_SECONDS = 3
 MALFORMED = 200
 F = 4
 MAX_BYTES = 300_000

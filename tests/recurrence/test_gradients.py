@@ -93,7 +93,7 @@ def results(layer, mode, *arguments):
             weight.assign(value)
 
 
-@pytest.mark.slow(but=["lstm-peephole"])
+@pytest.mark.slow(but=["simple_rnn"])
 @EACH
 def test_every_path_agrees_with_the_loop_that_tensorflow_differentiates(
     kind, variant, rng, monkeypatch
@@ -198,7 +198,7 @@ def test_recurrent_dropout_in_the_gradient(kind, rng, monkeypatch):
     assert max(gap(a, b) for a, b in zip(ours, without, strict=True)) > 1e-2
 
 
-@pytest.mark.slow(but=["simple_rnn-graph", "lstm-xla", "gru-graph"])
+@pytest.mark.slow(but=["lstm-graph"])
 @pytest.mark.parametrize("mode", ["graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_and_length_may_be_unknown(kind, mode, rng):
@@ -274,8 +274,9 @@ def second_derivative(layer, x, mask, training, along):
         "simple_rnn-eager-False",
         "simple_rnn-relu-graph-True",
         "simple_rnn-elu-eager-True",
-        "lstm-xla-False",
-        "lstm-peephole-graph-False",
+        "simple_rnn-xla-False",
+        "lstm-eager-False",
+        "lstm-peephole-eager-False",
         "lstm-silu-hard_sigmoid-eager-False",
         "lstm-relu6-peephole-eager-False",
         "lstm-use_bias-eager-False",
@@ -559,7 +560,7 @@ def test_training_in_half_precision_follows_float32(kind, rng):
     assert gap(*statistics) <= 1e-2
 
 
-@pytest.mark.slow(but=["simple_rnn-eager", "lstm-graph", "gru-xla"])
+@pytest.mark.slow(but=["lstm-graph", "gru-eager"])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sparse_gradient_from_above(kind, mode, rng):

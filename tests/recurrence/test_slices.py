@@ -49,7 +49,7 @@ def whole(monkeypatch):
     differentiated_by_tensorflow(monkeypatch)
 
 
-@pytest.mark.slow(but=["lstm-peephole", "gru"])
+@pytest.mark.slow(but=["gru"])
 @EACH
 def test_slices_agree_with_the_whole_batch(kind, variant, slices, rng, monkeypatch):
     """1e-11, of numbers of order 1 to 100 in float64."""
@@ -74,7 +74,7 @@ def test_slices_agree_with_the_whole_batch(kind, variant, slices, rng, monkeypat
             assert gap(a, b) <= 1e-11
 
 
-@pytest.mark.slow(but=["lstm", "gru"])
+@pytest.mark.slow(but=["lstm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_any_size(kind, slices, rng, monkeypatch):
     """One trace for all sizes: those below 4 rows leave the second slice empty.
@@ -125,6 +125,7 @@ def test_a_batch_of_any_size(kind, slices, rng, monkeypatch):
     assert max(gap(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-11
 
 
+@pytest.mark.slow(but=["False-False", "True-True"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sequences", [False, True])
 def test_the_operations_of_a_block(sequences, masked, slices, rng, monkeypatch):
