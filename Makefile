@@ -6,7 +6,7 @@ DOCS_VENV := .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 
 .PHONY: demo test test-all lint bench experiments figures notebooks links docs
-.PHONY: fuzz mutants release-check matrix venv clean
+.PHONY: fuzz mutants coverage release-check matrix venv clean
 
 # Trains a language model on the Python language reference, recalibrates, folds,
 # exports and serves it, and sends it text. Output goes to runs/demo.
@@ -30,6 +30,14 @@ fuzz: $(READY)
 # 10 minutes. Results go to runs/mutants.jsonl; an interrupted run goes on from there.
 mutants: $(READY)
 	$(BIN)/python tests/tools/mutants.py $(MUTANTS)
+
+# Branch coverage of the packages by the fast tests; fails below the limit in
+# pyproject.toml. TESTS: more options for pytest.
+coverage: $(READY)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal -q $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(READY)
 	$(BIN)/ruff check .
