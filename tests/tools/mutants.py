@@ -93,7 +93,7 @@ MORE_TESTS = {
 }
 
 # Mutants that no test can kill, or that change speed alone: the module, a part of the
-# line, the change (`""` for any), and the reason.
+# line, the change, and the reason. They do not run.
 EXPLAINED = [
     (
         "statistics.py",
@@ -467,7 +467,7 @@ def main():
         sample = [(module, 0, "unchanged", None, 0) for module in TESTS]
     tests = dict(TESTS)
     start = time.monotonic()
-    waiting = [mutant for mutant in sample if mutant not in results]
+    waiting = [m for m in sample if m not in results and why_not(m) is None]
     if arguments.survivors:
         tests = {module: MORE_TESTS.get(module, LOOPS) for module in TESTS}
         waiting = [m for m in sample if results.get(m) == "survived"]
@@ -498,15 +498,17 @@ def main():
         for child in running:
             os.killpg(child, signal.SIGKILL)
 
-    results = {m: results[m] for m in sample if m in results}
-    survivors = {m: why_not(m) for m in results if results[m] == "survived"}
-    explained = sum(why is not None for why in survivors.values())
+    explained = {m: why for m in sample if (why := why_not(m)) is not None}
+    results = {m: results[m] for m in sample if m in results and m not in explained}
+    survivors = [m for m in results if results[m] == "survived"]
     print(
         f"{len(results) - len(survivors)} of {len(results)} mutants killed, "
-        f"{explained} explained; {len(sample)} in the sample"
+        f"{len(explained)} explained; {len(sample)} in the sample"
     )
-    for (module, line, what, *_), why in survivors.items():
-        print(f"survived: {module}:{line}: {what}" + (f" ({why})" if why else ""))
+    for module, line, what, *_ in survivors:
+        print(f"survived: {module}:{line}: {what}")
+    for (module, line, what, *_), why in explained.items():
+        print(f"explained: {module}:{line}: {what}: {why}")
     return 0
 
 
@@ -515,11 +517,11 @@ def digest_of(module):
 
 
 def why_not(mutant):
-    """Returns the reason in `EXPLAINED` that a mutant survives, or `None`."""
+    """Returns the reason in `EXPLAINED` why a mutant would survive, or `None`."""
     module, line, what, *_ = mutant
     text = (PACKAGE / module).read_text().splitlines()[line - 1]
     for explained, part, change, why in EXPLAINED:
-        if explained == module and part in text and change in ("", what):
+        if explained == module and part in text and change == what:
             return why
     return None
 
