@@ -26,8 +26,8 @@ test-all: lint
 fuzz: $(READY)
 	$(BIN)/python tests/tools/fuzz.py $(FUZZ)
 
-# Mutants of statistics, recurrence and folding, with the fast tests of each module: some
-# 10 minutes. Results go to runs/mutants.jsonl; an interrupted run goes on from there.
+# Mutants of statistics, recurrence and folding, with the fast tests of each module: 10 to
+# 20 minutes. Results go to runs/mutants.jsonl; an interrupted run goes on from there.
 mutants: $(READY)
 	$(BIN)/python tests/tools/mutants.py $(MUTANTS)
 
@@ -99,4 +99,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) runs build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) runs build *.egg-info .coverage .coverage.*
