@@ -2,11 +2,12 @@
 
 import contextlib
 import resource
+import threading
 
 import keras
 import numpy as np
 
-from keras_bnrnn import layers
+from keras_bnrnn import backend, layers
 from keras_bnrnn.traversal import sublayers
 
 # Each kind: its layer, and the stock layer of the same equations.
@@ -82,3 +83,44 @@ def bounded_memory(megabytes):
     before = peak()
     yield
     assert peak() - before < megabytes
+
+
+def as_replicas(monkeypatch, *functions):
+    """Calls each function as one of several replicas, in a thread of its own.
+
+    `backend.sum_over_replicas` sums over the threads. A process has one logical CPU, so
+    real replicas need a process of their own.
+
+    Returns:
+        The list of what the functions returned.
+    """
+    count = len(functions)
+    barrier = threading.Barrier(count, timeout=30)
+    terms, results, errors = [None] * count, [None] * count, []
+    local = threading.local()
+
+    def sum_over_replicas(x):
+        terms[local.index] = x
+        barrier.wait()
+        total = sum(terms)
+        barrier.wait()
+        return total
+
+    def call(index):
+        local.index = index
+        try:
+            results[index] = functions[index]()
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+
+    monkeypatch.setattr(backend, "replica_count", lambda: count)
+    monkeypatch.setattr(backend, "sum_over_replicas", sum_over_replicas)
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -138,6 +139,14 @@ def test_arguments_of_the_process(commands, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["keras-bnrnn", "inspect", "dir"])
     assert cli.main() == 7
     assert commands[0][1].directory == pathlib.Path("dir")
+
+
+def test_the_package_runs_as_a_module(commands, monkeypatch):
+    """`python -m keras_bnrnn_cli` exits with the status of the command."""
+    monkeypatch.setattr(sys, "argv", ["keras-bnrnn", "inspect", "dir"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("keras_bnrnn_cli", run_name="__main__")
+    assert exit_info.value.code == 7
 
 
 @pytest.mark.parametrize(("given", "level"), [(None, "3"), ("0", "0"), ("1", "1")])

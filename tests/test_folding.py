@@ -153,6 +153,32 @@ def test_arguments_are_carried_over(kind, rng):
 
 
 @EACH
+@pytest.mark.parametrize("as_cell", [False, True])
+def test_arguments_of_training_are_left_out(as_cell, kind, rng):
+    """The folded layer computes the same in training, and has no loss of its own."""
+    arguments = {"use_bias": False, "dropout": 0.5, "recurrent_dropout": 0.5}
+    for part in ("kernel", "recurrent", "bias"):
+        arguments[f"{part}_regularizer"] = "l2"
+        arguments[f"{part}_constraint"] = "non_neg"
+    if as_cell:
+        layer = layers.RNN(cell(kind, **arguments), return_sequences=True)
+    else:
+        arguments["activity_regularizer"] = "l2"
+        layer = ours(kind, **arguments, unroll=True)
+    model = keras.Sequential([keras.Input((T, D)), layer])
+    x = frames(rng)
+    folded = check_fold(model, x, randomized_by=rng)
+    assert gap(folded(x, training=True), model(x, training=False)) <= 1e-5
+    assert folded.losses == []
+    stock = folded.layers[0] if not as_cell else folded.layers[0].cell
+    assert stock.use_bias
+    for part in ("kernel", "recurrent", "bias"):
+        assert getattr(stock, f"{part}_regularizer") is None
+        assert getattr(stock, f"{part}_constraint") is None
+    assert folded.layers[0].unroll == (not as_cell)
+
+
+@EACH
 def test_functional_with_shared_layers_inputs_outputs_and_raw_ops(kind, rng):
     a, b = keras.Input((None, D), name="a"), keras.Input((None, D), name="b")
     shared = ours(kind, name="shared")

@@ -221,3 +221,37 @@ def test_another_backend_has_the_same_functions():
             call()
     assert missing.replica_count() == 1
     assert missing.custom_gradient(lambda x: [2 * x], None, None)(3) == [6]
+
+
+def test_functions_of_another_backend(rng):
+    """Products equal NumPy's to 1e-14; nothing is traced, sliced, stacked or summed."""
+    x, y = rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
+    bias, kernel = rng.normal(size=2), rng.normal(size=(3, 2))
+    for found, expected in (
+        (missing.transposed_times(x, y), x.T @ y),
+        (missing.product_and_bias(x, kernel, bias), x @ kernel + bias),
+        (missing.plus_bias(y, bias), y + bias),
+        (missing.between(x, 1, 3, None), x[1:3]),
+        (missing.unstacked(x, None), x),
+        (missing.sum_over_replicas(x), x),
+        (missing.compiled(np.sin, x, None)(x), np.sin(x)),
+    ):
+        assert gap(found, expected) <= 1e-14
+    assert missing.slice_sizes(9, 1) == [9]
+    for has_any in (
+        missing.is_traced(),
+        missing.in_plain_graph(),
+        missing.compiled_by_xla(),
+        missing.has_fused_kernels(),
+        missing.has_block("lstm"),
+        missing.graph_of(x),
+        missing.call_if(True, lambda: pytest.fail("warnings need TensorFlow")),
+        missing.require_positive(0, "unchecked"),
+    ):
+        assert not has_any
+    with pytest.raises(NotImplementedError, match="KERAS_BACKEND=tensorflow"):
+        missing.split_rows(x, [2, 2], 0)
+    with pytest.raises(NotImplementedError, match="KERAS_BACKEND=tensorflow"):
+        missing.scan_blocks(None, [], [], [], 1, 1, [], None)
+    with pytest.raises(NotImplementedError, match="pass `log_dir=None`"):
+        missing.write_summaries(missing, {}, {}, 1)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import gap
 
 from keras_bnrnn.backend import block_lstm
 
@@ -72,3 +73,43 @@ def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
         wanted = np.asarray(wanted)
         bound = 1e-5 * np.abs(wanted).max()  # float32, sums of at most 24 rows
         np.testing.assert_allclose(gradient, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("timesteps, length", [(1, 3), (5, 3)])
+def test_a_slice_without_rows_has_no_turns(timesteps, length, rng):
+    """One function for slices of 3 and of 0 rows, as of a batch of unknown size."""
+    kernel = tf.constant(rng.normal(size=(WIDTH, 4 * UNITS)), "float32")
+    recurrent_kernel = tf.constant(rng.normal(size=(UNITS, 4 * UNITS)), "float32")
+
+    def results(frames, h, c, d_h, turns):
+        arguments = frames, [h, c], kernel, recurrent_kernel
+        stacked, kept = block_lstm.forward(*arguments, None, turns)
+        d_last = [tf.zeros_like(h), tf.zeros_like(c)]
+        return stacked, block_lstm.backward(
+            *arguments, kept, stacked, [d_h], d_last, turns, length
+        )
+
+    states = tf.TensorSpec((None, UNITS))
+    counted = tf.function(
+        results,
+        input_signature=[
+            tf.TensorSpec((timesteps, None, WIDTH)),
+            states,
+            states,
+            tf.TensorSpec((timesteps, None, UNITS)),
+            tf.TensorSpec((), tf.int32),
+        ],
+        autograph=False,
+    )
+    for rows in (BATCH, 0):
+        shapes = [(timesteps, rows, WIDTH), *[(rows, UNITS)] * 2]
+        shapes.append((timesteps, rows, UNITS))
+        tensors = [tf.constant(rng.normal(size=s), "float32") for s in shapes]
+        found = tf.nest.flatten(counted(*tensors, timesteps if rows else 0))
+        assert [f.shape for f in found[2:5]] == shapes[:3]
+        if rows == 0:
+            assert all(gap(gradient, 0.0) == 0.0 for gradient in found)
+            continue
+        whole = tf.function(lambda *a: results(*a, None), autograph=False)
+        for a, b in zip(found, tf.nest.flatten(whole(*tensors)), strict=True):
+            assert gap(a, b) <= 1e-6 * max(1.0, np.abs(b).max())  # float32
