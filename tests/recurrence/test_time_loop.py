@@ -477,7 +477,10 @@ def test_the_loop_stacks_one_state_by_default(rng):
     tensors = constants(draw(rng))
     projected = tensors["frames"] @ tensors["kernel"]
     sequences, last, kept, collected = forward.run(
-        loop_of(), projected, [tensors["h"], tensors["c"]], weights_of(tensors)
+        loop_of(),
+        projected,
+        [tensors["h"], tensors["c"]],
+        weights_of(tensors)._replace(kernel=None),
     )
     assert len(sequences) == 1 and len(last) == 2
     assert kept is None and collected == []
@@ -495,7 +498,7 @@ def test_a_training_loop_keeps_its_states_once(by_step, rng):
             loop_of(schedule=Schedule(by_step=by_step)),
             tensors["frames"] @ tensors["kernel"],
             [tensors["h"], tensors["c"]],
-            weights_of(tensors),
+            weights_of(tensors)._replace(kernel=None),
             1,
             Derivative(),
             keeps=True,
@@ -669,8 +672,12 @@ def test_the_timesteps_of_a_block():
 
 def test_the_tensors_of_the_loop_can_be_replaced():
     weights = Weights("k", "r", None, {"p": "p", "q": None}, 2.0)
-    assert weights.in_loop() == {"recurrent_kernel": "r", "p": "p"}
+    assert weights._replace(kernel=None).in_loop() == {
+        "recurrent_kernel": "r",
+        "p": "p",
+    }
     assert weights._replace(bias="b").in_loop() == {
+        "kernel": "k",
         "recurrent_kernel": "r",
         "bias": "b",
         "p": "p",

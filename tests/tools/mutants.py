@@ -47,7 +47,7 @@ MOMENTS = [
 LOOP = [
     "tests/recurrence/test_time_loop.py",
     "tests/recurrence/test_block.py",
-    "tests/recurrence/test_gradients.py::test_blocks_of_the_backward_loop",
+    "tests/recurrence/test_gradients.py::test_blocks_of_the_loops",
     *ORACLE,
     *properties(
         "slices_are_equal_to_one_loop",
@@ -81,6 +81,11 @@ TESTS = {
     "recurrence/time_loop.py": LOOP,
     "recurrence/weights.py": LOOP,
     "backend/block_lstm.py": ["tests/backend/test_block_lstm.py", *LOOP],
+    "backend/loops.py": [
+        "tests/backend/test_backend.py",
+        "tests/backend/test_block_lstm.py",
+        *LOOP,
+    ],
 }
 
 # `--survivors` runs these as well. They take some minutes, most of them in graphs.
@@ -169,7 +174,7 @@ EXPLAINED = [
         "a kernel has two axes",
     ),
     (
-        "backend/block_lstm.py",
+        "backend/loops.py",
         "parallel_iterations",
         "32 to 33",
         "changes speed alone",
