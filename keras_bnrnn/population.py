@@ -103,9 +103,11 @@ class Population:
             distance = ops.square(mean - self.mean)
             variance = variance + (1.0 - weight) * distance
         for variable, new in ((self.mean, mean), (self.variance, variance)):
-            moved = variable * (1.0 - weight) + new * weight
-            variable.assign(ops.where(seen, moved, variable))
-        self.update_count.assign(ops.where(seen[0], k, self.update_count))
+            old = ops.convert_to_tensor(variable)
+            moved = old * (1.0 - weight) + new * weight
+            variable.assign(ops.where(seen, moved, old))
+        updates = ops.convert_to_tensor(self.update_count)
+        self.update_count.assign(ops.where(seen[0], k, updates))
 
     def set(self, mean, variance):
         """Sets the statistics; later training moves on from them.
