@@ -273,7 +273,7 @@ class TestTextOfALanguageModel:
         assert generate(signatures, []) == []
         assert generate(signatures, ["", ""], max_tokens=0) == ["", ""]
 
-    @some_kinds
+    @fewer_kinds
     @pytest.mark.parametrize("kind", FRONT_ENDS)
     def test_bytes_that_are_not_utf8_harm_nobody(self, kind):
         signatures = case(kind).signatures

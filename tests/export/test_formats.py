@@ -145,7 +145,7 @@ def test_bidirectional(kind, layer, rng, tmp_path):
         assert operations(path)["UNIDIRECTIONAL_SEQUENCE_LSTM"] == 2
 
 
-@pytest.mark.slow(but=["onnx"])
+@pytest.mark.slow
 def test_stacked(kind, rng, tmp_path):
     model = sequential(
         rng,

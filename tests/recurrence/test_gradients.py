@@ -93,7 +93,7 @@ def results(layer, mode, *arguments):
             weight.assign(value)
 
 
-@pytest.mark.slow(but=["simple_rnn"])
+@pytest.mark.slow
 @EACH
 def test_every_path_agrees_with_the_loop_that_tensorflow_differentiates(
     kind, variant, rng, monkeypatch

@@ -49,7 +49,7 @@ def whole(monkeypatch):
     differentiated_by_tensorflow(monkeypatch)
 
 
-@pytest.mark.slow(but=["gru"])
+@pytest.mark.slow
 @EACH
 def test_slices_agree_with_the_whole_batch(kind, variant, slices, rng, monkeypatch):
     """1e-11, of numbers of order 1 to 100 in float64."""
