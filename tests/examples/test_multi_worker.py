@@ -151,7 +151,8 @@ def test_the_order_depends_on_seed_and_epoch(example):
     assert rows(0) != everything
 
 
-# Worker 1 fails as often as the file `failures` has lines. The others wait for `done`.
+# Worker 1 fails as often as the file `failures` has lines, when all three have started.
+# The others wait for `done`.
 STUB = """
 import json, os, pathlib, sys, time
 config = json.loads(os.environ["TF_CONFIG"])
@@ -159,11 +160,18 @@ index = config["task"]["index"]
 with open(f"started{index}", "a") as file:
     print(json.dumps([sys.argv[1:], config]), file=file)
 failures, done = pathlib.Path("failures"), pathlib.Path("done")
+
+def starts(index):
+    path = pathlib.Path(f"started{index}")
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
 left = failures.read_text().splitlines()
 if index != 1:
     while not done.exists():
         time.sleep(0.05)
 elif left:
+    while min(starts(0), starts(2)) < starts(1):
+        time.sleep(0.05)
     failures.write_text("\\n".join(left[1:]))
     sys.exit(7)
 done.touch()
