@@ -55,9 +55,9 @@ def projected(inputs, weights):
     # bias.
     bias = weights.bias if backend.in_plain_graph() else None
     product = _product(inputs, weights.kernel, bias)
-    return product, weights._replace(
-        kernel=None, bias=None if bias is not None else weights.bias
-    )
+    if bias is not None:
+        weights = weights._replace(bias=None)
+    return product, weights._replace(kernel=None)
 
 
 def projects_in_blocks(loop, weights):
