@@ -9,7 +9,7 @@ no tensor (T, B, 4U) is stacked.
 
 import tensorflow as tf
 
-from keras_bnrnn.backend.loops import blocks_back
+from keras_bnrnn.backend.loops import added, blocks_back
 
 
 def forward(frames, states, kernel, recurrent_kernel, bias, turns=None):
@@ -151,8 +151,7 @@ def backward(
         start=1,
     )
     d_gates, dh, dc = step_back(0, first_c, dh, dc)
-    of_first = of_weights(frames[0], first_h, d_gates)
-    sums = [a + b for a, b in zip(sums, of_first, strict=True)]
+    sums = added(sums, of_weights(frames[0], first_h, d_gates))
     d_frames = tf.concat([finish(d_gates[None]), d_frames], axis=0)
     return [tf.reshape(d_frames, tf.shape(frames)), dh, dc, *map(_swapped, sums)]
 

@@ -172,7 +172,7 @@ def scan_blocks(
         last, stacks = scan(
             body, carry, sequences, specs, length, reverse=True, turns=turns
         )
-        sums = _added(sums, of_block(carry, stacks, 0, length))
+        sums = added(sums, of_block(carry, stacks, 0, length))
         return last, finish(stacks[0]), sums
 
     readers = [_reader(sequence, length, False) for sequence in sequences]
@@ -245,7 +245,7 @@ def blocks_back(
             parallel_iterations=32,
         )
         stacks = [one.stack() for one in lists]
-        sums = _added(sums, of_block(list(carry), stacks, first, end))
+        sums = added(sums, of_block(list(carry), stacks, first, end))
         return k - 1, after, tuple(sums), array.write(k, stacks[0])
 
     def array_of(shape):
@@ -291,7 +291,7 @@ def _ends(k, block, length, start=0):
     return first, tf.minimum(first + block, length)
 
 
-def _added(sums, terms):
+def added(sums, terms):
     """Adds two lists of tensors, one by one."""
     return [a + b for a, b in zip(sums, terms, strict=True)]
 
