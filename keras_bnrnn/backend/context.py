@@ -1,6 +1,11 @@
 """Tells in which way TensorFlow runs the code that is being called."""
 
+import contextlib
+import contextvars
+
 import tensorflow as tf
+
+_in_slices = contextvars.ContextVar("in_slices", default=True)
 
 
 def is_traced():
@@ -23,3 +28,25 @@ def compiled_by_xla():
     changes.
     """
     return tf.__internal__.get_enclosing_xla_context() is not None
+
+
+@contextlib.contextmanager
+def whole_batches():
+    """Traces loops that are not cut in slices of the batch.
+
+    A runtime of another format than TensorFlow's does not run slices side by side, and
+    its file would hold the weights once for each loop.
+    """
+    token = _in_slices.set(False)
+    try:
+        yield
+    finally:
+        _in_slices.reset(token)
+
+
+def runs_slices():
+    """Returns whether slices of a batch may run side by side, outside `whole_batches`.
+
+    XLA runs one loop after the other.
+    """
+    return in_plain_graph() and _in_slices.get()

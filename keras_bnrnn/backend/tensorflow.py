@@ -9,7 +9,11 @@ from keras import ops
 from keras_bnrnn.backend import block_lstm as _block_lstm
 from keras_bnrnn.backend import context as _context
 from keras_bnrnn.backend import loops as _loops
-from keras_bnrnn.backend.context import compiled_by_xla, in_plain_graph
+from keras_bnrnn.backend.context import (
+    compiled_by_xla,
+    in_plain_graph,
+    runs_slices,
+)
 
 block_forward = _block_lstm.forward
 block_backward = _block_lstm.backward
@@ -38,7 +42,7 @@ def slice_sizes(batch, least):
         List of ints; or of tensors if `batch` is one: the second slice is then empty if
         the batch is not sliced.
     """
-    if not in_plain_graph() or has_fused_kernels() or cores() < 2:
+    if not runs_slices() or has_fused_kernels() or cores() < 2:
         return [batch]
     if not isinstance(batch, int):
         second = tf.where(batch < least, 0, batch // 2)

@@ -61,7 +61,10 @@ def projected(inputs, weights):
 
 
 def projects_in_blocks(loop, weights):
-    """Returns whether `run` can project the input of a loop in training.
+    """Returns whether `run` projects the input of a loop, rather than its caller.
+
+    In training it projects in blocks. At inference each slice of a batch of unknown
+    size has a projection of its own.
 
     Args:
         loop: `Loop`.
@@ -70,7 +73,7 @@ def projects_in_blocks(loop, weights):
     return (
         weights.kernel is not None
         and loop.schedule.by_step
-        and loop.schedule.keeps
+        and (loop.schedule.keeps or loop.schedule.sliced_from is not None)
         and not _clears(loop)  # which reads timestep 0 in place of others
         and backend.in_plain_graph()
     )

@@ -40,12 +40,15 @@ class Schedule(typing.NamedTuple):
         by_step: Whether the backward loop computes factors timestep by timestep, while
             the values they depend on are in the cache. Otherwise it computes them for
             all timesteps before the loop. `settled` sets it. Default: `False`.
+        sliced_from: The least number of rows of a batch that runs in slices, where its
+            size is unknown and the loop keeps nothing. `None` (default): none does.
     """
 
     unroll: bool = False
     keeps: bool = True
     reads_ahead: bool = False
     by_step: bool = False
+    sliced_from: int | None = None
 
     def settled(self, batch, units):
         """Returns the schedule with `by_step` set.

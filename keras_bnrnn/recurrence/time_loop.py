@@ -52,7 +52,7 @@ def time_loop(
         `states` is the list of the states (B, U) at the end of each row. `collected` is
         the list of collected tensors (T, ...).
     """
-    timesteps, batch = ops.shape(inputs)[:2]
+    batch = ops.shape(inputs)[1]
     units = states[0].shape[-1]
     loop = loop._replace(schedule=loop.schedule.settled(batch, units))
 
@@ -63,46 +63,72 @@ def time_loop(
         derivative=derivative,
     )
     sizes = [batch]
-    # Converters of exported graphs do not support slices that may be empty.
-    may_be_empty = not isinstance(batch, int) and not loop.schedule.keeps
-    if not loop.collected and not loop.schedule.unroll and not may_be_empty:
-        sizes = backend.slice_sizes(batch, rows_of_a_sliced_batch(weights))
+    if not loop.collected and not loop.schedule.unroll:
+        least = rows_of_a_sliced_batch(weights)
+        sizes = backend.slice_sizes(batch, least)
+        if len(sizes) > 1 and not isinstance(batch, int) and not loop.schedule.keeps:
+            # Converters of `keras.Model.export` support no slices that may be empty.
+            sizes = [batch]
+            loop = loop._replace(schedule=loop.schedule._replace(sliced_from=least))
     if len(sizes) == 1:
         return run(loop, inputs, states, weights, lengths)
 
-    def split(x, axis=0):
-        if x is None:
-            return [None] * len(sizes)
-        return backend.split_rows(x, sizes, axis)
-
-    slices = zip(
-        sizes,
-        split(loop.valid, axis=1),
-        split(inputs, axis=1),
-        zip(*map(split, states), strict=True),
-        split(weights.recurrent_dropout_mask),
-        split(lengths),
-        strict=True,
-    )
-    results = []
-    for size, valid, inputs_s, states_s, mask, lengths_s in slices:
-        turns = None
-        if not isinstance(size, int):
-            turns = ops.where(size > 0, timesteps, 0)
-        results.append(
-            run(
-                loop._replace(valid=valid, turns=turns),
-                inputs_s,
-                list(states_s),
-                weights._replace(recurrent_dropout_mask=mask),
-                lengths_s,
-            )
+    lengths = [None] * len(sizes) if lengths is None else _split(lengths, sizes)
+    results = [
+        run(*slice_, lengths_s)
+        for slice_, lengths_s in zip(
+            _slices(sizes, loop, inputs, states, weights), lengths, strict=True
         )
+    ]
     outputs, last, _ = zip(*results, strict=True)
     if return_sequences:
         outputs = ops.concatenate(outputs, axis=1)
-    last = [ops.concatenate(parts, axis=0) for parts in zip(*last, strict=True)]
-    return outputs if return_sequences else None, last, []
+    return outputs if return_sequences else None, _joined(last, axis=0), []
+
+
+def _slices(sizes, loop, inputs, states, weights):
+    """Cuts the arguments of a time loop in slices of the batch.
+
+    Args:
+        sizes: The number of rows of each slice, ints or tensors.
+        loop, inputs, states, weights: As in `time_loop`.
+
+    Returns:
+        List of `(loop, inputs, states, weights)`, one for each slice.
+    """
+    tensors = {
+        "valid": (loop.valid, 1),
+        "inputs": (inputs, 1),
+        "mask": (weights.recurrent_dropout_mask, 0),
+        **{i: (state, 0) for i, state in enumerate(states)},
+    }
+    parts = {
+        name: [None] * len(sizes) if x is None else _split(x, sizes, axis)
+        for name, (x, axis) in tensors.items()
+    }
+    slices = []
+    for k, size in enumerate(sizes):
+        turns = None
+        if loop.schedule.keeps and not isinstance(size, int):
+            turns = ops.where(size > 0, ops.shape(inputs)[0], 0)
+        slices.append(
+            (
+                loop._replace(valid=parts["valid"][k], turns=turns),
+                parts["inputs"][k],
+                [parts[i][k] for i in range(len(states))],
+                weights._replace(recurrent_dropout_mask=parts["mask"][k]),
+            )
+        )
+    return slices
+
+
+def _split(x, sizes, axis=0):
+    return backend.split_rows(x, sizes, axis)
+
+
+def _joined(lists, axis):
+    """Concatenates the tensors of equal place in several lists."""
+    return [ops.concatenate(parts, axis) for parts in zip(*lists, strict=True)]
 
 
 def _run(
@@ -165,6 +191,28 @@ def _differentiated(loop, derivative, inputs, states, weights, stacks, wants_las
         sequences, last, _, _ = forward.run(loop, inputs, states, weights, stacks)
         return flat(sequences, last)
 
+    def forward_only(loop, inputs, states, weights):
+        """Runs the loop, a large batch of unknown size in slices."""
+        least = loop.schedule.sliced_from
+        if least is None:
+            inputs, weights = forward.projected(inputs, weights)
+            found = forward.run(loop, inputs, states, weights, stacks, derivative)
+            return flat(*found[:2])
+
+        loop = loop._replace(schedule=loop.schedule._replace(sliced_from=None))
+        tensors = loop, inputs, states, weights
+        batch = ops.shape(inputs)[1]
+        sizes = [batch - batch // 2, batch // 2]
+
+        def in_slices():
+            found = [forward_only(*slice_) for slice_ in _slices(sizes, *tensors)]
+            return [
+                *_joined([part[:stacks] for part in found], axis=1),
+                *_joined([part[stacks:] for part in found], axis=0),
+            ]
+
+        return ops.cond(batch >= least, in_slices, lambda: forward_only(*tensors))
+
     def keep_all(*arguments):
         nonlocal kept_as
         sequences, last, kept_as, _ = forward.run(
@@ -173,8 +221,7 @@ def _differentiated(loop, derivative, inputs, states, weights, stacks, wants_las
         return flat(sequences, last), kept_as.tensors()
 
     def keep_nothing(*arguments):
-        sequences, last, _, _ = forward.run(loop, *named(arguments), stacks, derivative)
-        return flat(sequences, last), []
+        return forward_only(loop, *named(arguments)), []
 
     keeps = loop.schedule.keeps
 

@@ -351,6 +351,8 @@ def test_a_peephole_layer_is_kept(kind, rng, tmp_path):
     with pytest.warns(UserWarning, match="peepholes"):
         path = export(kind, model, tmp_path)
     assert_answers(kind, model, path, rng)
+    # One loop of whole batches, though TensorFlow would run large ones in slices.
+    assert "If" not in operations(path) and "IF" not in operations(path)
 
 
 @pytest.mark.slow(but=["litert"])

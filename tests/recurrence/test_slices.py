@@ -21,6 +21,7 @@ from test_gradients import (
 )
 
 from keras_bnrnn import backend
+from keras_bnrnn.backend.context import whole_batches
 from keras_bnrnn.recurrence import block, schedule
 
 
@@ -74,11 +75,13 @@ def test_slices_agree_with_the_whole_batch(kind, variant, slices, rng, monkeypat
             assert gap(a, b) <= 1e-11
 
 
-@pytest.mark.slow(but=["lstm"])
+@pytest.mark.slow(but=["lstm-True", "gru-False"])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_any_size(kind, slices, rng, monkeypatch):
-    """One trace for all sizes: those below 4 rows leave the second slice empty.
+def test_a_batch_of_any_size(kind, training, slices, rng, monkeypatch):
+    """One trace for all sizes: those below 4 rows are one loop.
 
+    In training it is the first of two slices, at inference the branch of a condition.
     Blocks have up to 4 timesteps of one row, and one of four rows.
     """
     monkeypatch.setattr(schedule, "BLOCK_FRAMES", 4)
@@ -95,7 +98,7 @@ def test_a_batch_of_any_size(kind, slices, rng, monkeypatch):
         weights = [w.value for w in layer.trainable_variables]
         with tf.GradientTape() as tape:
             tape.watch([x, *states])
-            outputs = layer(x, initial_state=list(states), mask=mask, training=True)
+            outputs = layer(x, initial_state=list(states), mask=mask, training=training)
             loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
         return [*outputs, *tape.gradient(loss, [x, *states, *weights])]
 
@@ -240,5 +243,9 @@ def test_small_batches_and_single_cores_are_not_sliced(monkeypatch):
     sizes(7, 8), sizes(9, 8)
     monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 1)
     sizes(10, 8)
-    assert found == [[7], [5, 4], [10]]
+    monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 2)
+    with whole_batches():
+        sizes(11, 8)
+    sizes(12, 8)
+    assert found == [[7], [5, 4], [10], [11], [6, 6]]
     assert backend.slice_sizes(64, 8) == [64]  # an eager call

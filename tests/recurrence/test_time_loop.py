@@ -285,7 +285,7 @@ def test_sequences_and_all_states_are_returned_by_default(rng):
 def test_the_default_of_loop_and_schedule():
     loop = Loop(step, None)
     assert loop[2:] == (None, False, False, (), None, Schedule())
-    assert Schedule() == (False, True, False, False)
+    assert Schedule() == (False, True, False, False, None)
 
 
 def test_collected_tensors_are_stacked(rng):
@@ -594,22 +594,22 @@ def test_a_loop_that_collects_is_whole(slices, rng):
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_batch_of_unknown_size(keeps, slices, rng):
-    """In training the second slice may be empty. At inference there is one loop."""
+    """A condition chooses at inference. In training the second slice may be empty."""
     arrays = draw(rng)
     expected, expected_states = numpy_loop(arrays)
     spec = {name: tf.TensorSpec(a.shape, tf.float64) for name, a in arrays.items()}
     spec["frames"] = tf.TensorSpec((T, None, D), tf.float64)
     spec["h"] = spec["c"] = tf.TensorSpec((None, U), tf.float64)
+    least = 3
 
     @tf.function(input_signature=[spec], autograph=False)
     def call(tensors):
         batch = tf.shape(tensors["frames"])[1]
-        second = tf.where(batch < 3, 0, batch // 2)
-        slices["sizes"] = [batch - second, second] if keeps else None
+        second = tf.where(batch < least, 0, batch // 2)
+        slices["sizes"] = [batch - second, second]
         options = {"schedule": Schedule(keeps=keeps), "derivative": Derivative()}
         outputs, states = run(tensors, **options)
-        turns = [loop[1] for loop in slices["loops"]]
-        return outputs, states, [-1 if n is None else n for n in turns]
+        return outputs, states, [turns for _, turns in slices["loops"] if keeps]
 
     for rows, both in ((1, [T, 0]), (4, [T, T])):
         some = {**arrays, "frames": arrays["frames"][:, :rows]}
@@ -617,8 +617,22 @@ def test_a_batch_of_unknown_size(keeps, slices, rng):
         outputs, states, turns = call(constants(some))
         assert gap(outputs, expected[:, :rows]) <= 1e-13
         assert gap(states, [s[:rows] for s in expected_states]) <= 1e-13
-        assert [int(n) for n in turns] == (both if keeps else [-1])
-    assert len(slices["asked"]) == (1 if keeps else 0)
+        assert [int(n) for n in turns] == (both if keeps else [])
+    assert len(slices["asked"]) == 1
+    graph = call.get_concrete_function().graph.as_graph_def()
+    assert whiles(graph.node) == (2 if keeps else 0)
+    branches = {
+        branch: whiles(function.node_def)
+        for function in graph.library.function
+        for branch in ("true", "false")
+        if f"cond_{branch}" in function.signature.name
+    }
+    assert branches == ({} if keeps else {"true": 2, "false": 1})
+
+
+def whiles(nodes):
+    """The number of loops among the nodes of a graph."""
+    return sum(node.op.endswith("While") for node in nodes)
 
 
 # The schedule
