@@ -6,7 +6,7 @@ for all timesteps of a block stays in the cache until the loop has used it.
 
 import tensorflow as tf
 
-from keras_bnrnn.backend.context import in_plain_graph
+from keras_bnrnn.backend.context import compiled_by_xla, in_plain_graph
 
 
 def scan(
@@ -23,6 +23,7 @@ def scan(
     turns=None,
     prepare=None,
     block=None,
+    in_place=None,
 ):
     """Runs a loop over timesteps.
 
@@ -53,6 +54,9 @@ def scan(
             Default: `None`.
         block: The number of timesteps of a block, an int or a tensor. Only with
             `prepare`.
+        in_place: Index of a tensor to stack. XLA writes its stack over the first
+            sequence, which has the same shape and dtype, and so needs memory for one of
+            the two. Not with `unroll` or `ahead`. `None` (default): for none.
 
     Returns:
         The last carry, and the list of stacked tensors (T, ...) in the order of t. For
@@ -70,27 +74,41 @@ def scan(
             tf.stack([kept[t][i] for t in range(length)]) for i in range(len(specs))
         ]
 
-    arrays = tuple(
+    arrays = [
         tf.TensorArray(dtype, size=length, element_shape=tf.TensorShape(shape))
         for shape, dtype in specs
-    )
+    ]
+    if not compiled_by_xla():
+        in_place = None
+    if in_place is not None:
+        arrays[in_place] = arrays[in_place].unstack(sequences[0])
+        del readers[0]
+    arrays = tuple(arrays)
     last = length - 1
 
     def elements_at(i):
         return tuple(read(last - i if reverse else i) for read in readers)
 
+    def elements_ahead(i, arrays):
+        """Returns what turn i gets from the turn before it."""
+        if in_place is not None:
+            return (arrays[in_place].read(last - i if reverse else i),)
+        return elements_at(i) if ahead else ()
+
     def run(start, end, carry, arrays, elements_at, maximum=None):
         """Runs the turns from `start` to before `end`."""
 
         def loop_body(i, carry, elements, arrays):
-            elements_now = elements if ahead else elements_at(i)
+            elements_now = elements if ahead else (*elements, *elements_at(i))
             carry, kept = body(list(carry), list(elements_now))
             t = last - i if reverse else i
             arrays = tuple(a.write(t, k) for a, k in zip(arrays, kept, strict=True))
-            elements = elements_at(tf.minimum(i + 1, last)) if ahead else ()
+            # A turn writes, and then reads for the next one. If it also read from the
+            # sequence before the write, XLA would copy the sequence in each turn.
+            elements = elements_ahead(tf.minimum(i + 1, last), arrays)
             return i + 1, tuple(carry), elements, arrays
 
-        first = elements_at(0) if ahead else ()
+        first = elements_ahead(0, arrays)
         _, carry, _, arrays = tf.while_loop(
             lambda i, *_: i < end,
             loop_body,
@@ -144,6 +162,7 @@ def scan_blocks(
     finish,
     width,
     turns=None,
+    in_place=None,
 ):
     """Runs a loop from the last timestep to the first, and sums over blocks of it.
 
@@ -151,7 +170,7 @@ def scan_blocks(
     they are in the cache. XLA has one block.
 
     Args:
-        body, carry, sequences, turns: As for `scan`.
+        body, carry, sequences, turns, in_place: As for `scan`.
         specs: Shape and dtype of each tensor to stack.
         length: T, an int or a tensor.
         block: The number of timesteps of a block, an int or a tensor.
@@ -170,7 +189,14 @@ def scan_blocks(
     """
     if not in_plain_graph():
         last, stacks = scan(
-            body, carry, sequences, specs, length, reverse=True, turns=turns
+            body,
+            carry,
+            sequences,
+            specs,
+            length,
+            reverse=True,
+            turns=turns,
+            in_place=in_place,
         )
         sums = added(sums, of_block(carry, stacks, 0, length))
         return last, finish(stacks[0]), sums

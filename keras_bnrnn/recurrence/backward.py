@@ -7,6 +7,8 @@ values by timestep. The gradients of the weights are products of many timesteps:
 after the loop, or of a block of timesteps whose gradients are still in the cache.
 """
 
+import itertools
+
 from keras import ops
 
 from keras_bnrnn import backend
@@ -98,7 +100,9 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
     """
     values = [
         backend.unstacked(*pair)
-        for pair in zip(kept.values, specs_of_values(derivative, states), strict=True)
+        for pair in zip(
+            kept.values, specs_of_values(derivative, states, kept.joined), strict=True
+        )
     ]
     before = [
         backend.unstacked(*pair)
@@ -110,16 +114,19 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
     units, width = weights.recurrent_kernel.shape
     joined = derivative.width(units) == width
     names = list(weights.in_loop())
+    ends = list(itertools.accumulate(derivative.widths(units)[: kept.joined]))[:-1]
 
     def body(carry, elements):
         values_t, before_t = elements[:n], elements[n : n + m]
+        if kept.joined > 1:
+            values_t = [*ops.split(values_t[0], ends, axis=-1), *values_t[1:]]
         gradients = _added(carry[:m], elements[n + m :])
         d_projected, d_recurrent, others = derivative.step_back(
             gradients, values_t, before_t, carry[m:], weights
         )
         d_states = through(d_recurrent, gradients, others)
-        kept = [d_projected] if joined else [d_projected, d_recurrent]
-        return [*d_states, *before_t], kept
+        both = [d_projected] if joined else [d_projected, d_recurrent]
+        return [*d_states, *before_t], both
 
     def of_block(carry, gradients, start, end):
         before_s = [
@@ -163,6 +170,7 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         of_inputs,
         inputs.shape[-1],
         turns=loop.turns,
+        in_place=0 if kept.joined else None,
     )
     return d_inputs, carry[:m], dict(zip(names, sums, strict=True))
 

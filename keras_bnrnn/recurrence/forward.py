@@ -6,7 +6,12 @@ import typing
 from keras import ops
 
 from keras_bnrnn import backend
-from keras_bnrnn.recurrence.kept import Kept, specs_of_states, specs_of_values
+from keras_bnrnn.recurrence.kept import (
+    Kept,
+    joined_values,
+    specs_of_states,
+    specs_of_values,
+)
 from keras_bnrnn.recurrence.schedule import Schedule, timesteps_of_block
 
 
@@ -131,8 +136,13 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
     if keeps and not schedule.by_step:
         count = len(states)
     specs = specs_of_states(states)[:count] + list(loop.collected)
+    joined = 0
     if keeps:
-        specs += specs_of_values(derivative, states)
+        if schedule.by_step and inputs.dtype == states[0].dtype:
+            units, width = weights.recurrent_kernel.shape
+            joined = joined_values(derivative, units, width)
+        specs_of_kept = specs_of_values(derivative, states, joined)
+        specs += specs_of_kept
         if schedule.by_step:
             specs += specs_of_states(states)
 
@@ -153,6 +163,8 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
             return new, [*new[:count], *collected]
         values = derivative.keep(projected_t, recurrent_t, states, weights)
         new = derivative.advance(values, states, weights)
+        if joined:
+            values = [ops.concatenate(values[:joined], axis=-1), *values[joined:]]
         return new, [*new[:count], *values, *before]
 
     last, results = backend.scan(
@@ -168,16 +180,18 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         turns=loop.turns,
         prepare=prepare,
         block=timesteps_of_block(rows),
+        in_place=count if joined else None,
     )
     sequences, rest = results[:count], results[count:]
     if not keeps:
         return sequences, last, None, rest
-    n = len(specs_of_values(derivative, states))
+    n = len(specs_of_kept)
     kept = Kept(
         rest[:n],
         rest[n:] if schedule.by_step else sequences,
         last,
         schedule.by_step,
+        joined,
     )
     return sequences[:stacks], last, kept, []
 

@@ -2,6 +2,8 @@
 
 import typing
 
+from keras_bnrnn import backend
+
 
 class Kept(typing.NamedTuple):
     """What the forward loop kept for the backward loop.
@@ -13,12 +15,15 @@ class Kept(typing.NamedTuple):
         last: List of tensors (B, U), the states after the last step.
         by_step: Whether `values` and `states` were left unstacked where the backend can
             do so.
+        joined: The number of values that are parts of the first tensor, as of
+            `joined_values`. Default: 0.
     """
 
     values: list
     states: list
     last: list
     by_step: bool
+    joined: int = 0
 
     def tensors(self):
         return [*self.values, *self.states, *self.last]
@@ -36,7 +41,38 @@ def specs_of_states(states):
     return [(state.shape, state.dtype) for state in states]
 
 
-def specs_of_values(derivative, states):
-    """Lists shape and dtype of the values that `derivative.keep` returns."""
+def specs_of_values(derivative, states, joined=0):
+    """Lists shape and dtype of the values that the forward loop keeps.
+
+    Args:
+        derivative: `StepDerivative`.
+        states: List of tensors (B, U).
+        joined: As `joined_values` returns it. Default: 0.
+    """
     batch, units = states[0].shape
-    return [((batch, width), states[0].dtype) for width in derivative.widths(units)]
+    widths = derivative.widths(units)
+    if joined:
+        widths = [sum(widths[:joined]), *widths[joined:]]
+    return [((batch, width), states[0].dtype) for width in widths]
+
+
+def joined_values(derivative, units, width):
+    """Returns how many values XLA's loops keep as one tensor.
+
+    This tensor has the width of the input projection. The forward loop writes it over
+    the projection, and the backward loop writes the gradient of the projection over it.
+
+    Args:
+        derivative: `StepDerivative`.
+        units: U.
+        width: G*U, the width of the projection.
+
+    Returns:
+        The number of values, from the first one on. 0: no such tensor.
+    """
+    if backend.compiled_by_xla():
+        widths = derivative.widths(units)
+        for count in range(1, len(widths) + 1):
+            if sum(widths[:count]) == width:
+                return count
+    return 0

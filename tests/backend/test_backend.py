@@ -40,6 +40,42 @@ def test_scan_equals_numpy(options, reverse, rng):
     assert gap(stacked, expected) <= 1e-15
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_scan_in_place(mode, reverse, rng):
+    """The second stack takes the place of the first sequence, which keeps its values.
+
+    1e-15: a few operations of numbers of order 1 in float64.
+    """
+    x, y, start = rng.normal(size=(3, 5, 3, 2))
+
+    def body(carry, elements):
+        (c,), (x_t, y_t) = carry, elements
+        return [0.5 * c + x_t], [c + y_t, c * x_t]
+
+    def run(x, y):
+        (last,), stacks = backend.scan(
+            body,
+            [tf.constant(start[0])],
+            [x, y],
+            [((3, 2), "float64")] * 2,
+            5,
+            reverse=reverse,
+            in_place=1,
+        )
+        return last, *stacks, 3 * x
+
+    if mode != "eager":
+        run = tf.function(run, jit_compile=mode == "xla", autograph=False)
+    found = run(tf.constant(x), tf.constant(y))
+    carry, sums, products = start[0], np.zeros_like(x), np.zeros_like(x)
+    for t in reversed(range(5)) if reverse else range(5):
+        sums[t], products[t] = carry + y[t], carry * x[t]
+        carry = 0.5 * carry + x[t]
+    for ours, expected in zip(found, (carry, sums, products, 3 * x), strict=True):
+        assert gap(ours, expected) <= 1e-15
+
+
 @pytest.mark.parametrize("block", [1, 2, 5, 9])
 def test_scan_of_a_sequence_prepared_in_blocks(block, rng):
     x, y, start = rng.normal(size=(3, 5, 3, 2))

@@ -6,6 +6,8 @@ it knows nothing of; that derivatives of derivatives are right; and what the pat
 in programs, not in seconds.
 """
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -539,8 +541,35 @@ def test_wide_inputs_have_no_covariance(rng):
     assert f"[{width},{width}]" in program(64)
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_xla_copies_no_sequence(kind, rng):
+    """The values of a step, then its gradient, take the place of the projection.
+
+    A copy of the sequence in each turn would take most of the time of a step.
+    """
+    batch, timesteps, units = 5, 6, 3
+    layer = KINDS[kind][0](units, return_sequences=True)
+    x = tf.constant(rng.normal(size=(batch, timesteps, 4)).astype("float32"))
+    layer(x)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(layer(x, training=True) ** 2)
+        return tape.gradient(loss, [w.value for w in layer.trainable_variables])
+
+    program = step.experimental_get_compiler_ir(x)(stage="optimized_hlo")
+    width = layer.cell.kernel.shape[-1]
+    projections = re.findall(
+        rf" = f32\[{timesteps},{batch},{width}\]\S* (\w+)", program
+    )
+    assert projections and "copy" not in projections
+
+
+@pytest.mark.slow(but=["simple_rnn-False", "lstm-True"])
+@pytest.mark.parametrize("jit_compile", BOOLEANS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_in_half_precision_follows_float32(kind, rng):
+def test_training_in_half_precision_follows_float32(kind, jit_compile, rng):
     """bfloat16 has 8 bits: rounding of each step adds up to some 5e-2."""
     outputs, statistics = [], []
     x = rng.normal(size=(16, 10, D)).astype("float32")
@@ -548,11 +577,17 @@ def test_training_in_half_precision_follows_float32(kind, rng):
         layer = KINDS[kind][0](U, return_sequences=True, dtype=policy)
         layer.build(x.shape)
         randomize(layer, np.random.default_rng(5))
-        with tf.GradientTape() as tape:
-            y = layer(x, training=True)
-            loss = tf.reduce_mean(tf.cast(y, "float32") ** 2)
-        weights = [w.value for w in layer.trainable_variables]
-        gradients = tape.gradient(loss, weights)
+
+        def step(layer=layer):
+            with tf.GradientTape() as tape:
+                y = layer(x, training=True)
+                loss = tf.reduce_mean(tf.cast(y, "float32") ** 2)
+            weights = [w.value for w in layer.trainable_variables]
+            return y, tape.gradient(loss, weights)
+
+        if jit_compile:
+            step = tf.function(step, jit_compile=True, autograph=False)
+        y, gradients = step()
         assert all(np.all(np.isfinite(g)) for g in gradients)
         outputs.append(np.asarray(keras.ops.cast(y, "float32")))
         statistics.append(np.asarray(layer.input_norm.moving_variance))
