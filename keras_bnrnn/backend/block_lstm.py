@@ -1,10 +1,10 @@
 """Runs an LSTM by TensorFlow's operations for CPUs, for `recurrence.block`.
 
-`BlockLSTMV2` runs all timesteps of the forward loop in one operation. The gradient of
-TensorFlow projects and sums weight gradients in each timestep. The gradient here has
-the product with the recurrent kernel and `LSTMBlockCellGrad` in its loop. It computes
-the other products for blocks of timesteps, while their gradients are in the cache, so
-no tensor (T, B, 4U) is stacked.
+`BlockLSTMV2` runs all timesteps of the forward loop in one operation. Its gradient,
+`BlockLSTMGradV2`, projects and sums weight gradients in each timestep, which is best
+for few rows and units. The other gradient here has the product with the recurrent
+kernel and `LSTMBlockCellGrad` in its loop. It computes the other products for blocks of
+timesteps, while their gradients are in the cache, so no tensor (T, B, 4U) is stacked.
 """
 
 import tensorflow as tf
@@ -59,6 +59,7 @@ def backward(
     d_last,
     turns,
     length,
+    is_small,
 ):
     """Computes the gradients of `forward`.
 
@@ -68,10 +69,101 @@ def backward(
         d_sequences: List of the gradients of the first sequences.
         d_last: List of the gradients of the last states.
         length: The number of timesteps of a block, an int or a tensor.
+        is_small: Whether to run `BlockLSTMGradV2`, a boolean or a tensor.
 
     Returns:
         The gradients of frames, h, c, kernel, recurrent kernel and bias.
     """
+    arguments = (
+        frames,
+        states,
+        kernel,
+        recurrent_kernel,
+        kept,
+        sequences,
+        d_sequences,
+        d_last,
+        turns,
+    )
+    if isinstance(is_small, bool):
+        if is_small:
+            return _in_one_operation(*arguments)
+        return _in_a_loop(*arguments, length)
+    return tf.cond(
+        is_small,
+        lambda: _in_one_operation(*arguments),
+        lambda: _in_a_loop(*arguments, length),
+    )
+
+
+def _in_one_operation(
+    frames,
+    states,
+    kernel,
+    recurrent_kernel,
+    kept,
+    sequences,
+    d_sequences,
+    d_last,
+    turns,
+):
+    """Does what `backward` does, by `BlockLSTMGradV2`."""
+    (first_h, first_c), (h, c) = states, sequences
+    width, units = frames.shape[-1], recurrent_kernel.shape[0]
+    timesteps = tf.shape(frames)[0]
+    no_peephole = tf.zeros([units], frames.dtype)
+
+    def at_each_timestep(k):
+        """Returns the gradient of a state at all timesteps, the last one included."""
+        zeros = tf.zeros_like(h[:-1])
+        last = tf.concat([zeros, d_last[k][None]], axis=0)
+        return last + d_sequences[k] if len(d_sequences) > k else last
+
+    gate_i, gate_f, gate_o, candidate, tanh_c = kept
+    gradient = tf.raw_ops.BlockLSTMGradV2(
+        seq_len_max=tf.cast(timesteps if turns is None else turns, tf.int64),
+        x=frames,
+        cs_prev=first_c,
+        h_prev=first_h,
+        w=tf.concat([kernel, recurrent_kernel], axis=0),
+        wci=no_peephole,
+        wcf=no_peephole,
+        wco=no_peephole,
+        b=tf.zeros([4 * units], frames.dtype),
+        i=gate_i,
+        cs=c,
+        f=gate_f,
+        o=gate_o,
+        ci=candidate,
+        co=tanh_c,
+        h=h,
+        cs_grad=at_each_timestep(1),
+        h_grad=at_each_timestep(0),
+        use_peephole=False,
+    )
+    return [
+        gradient.x_grad,
+        gradient.h_prev_grad,
+        gradient.cs_prev_grad,
+        gradient.w_grad[:width],
+        gradient.w_grad[width:],
+        gradient.b_grad,
+    ]
+
+
+def _in_a_loop(
+    frames,
+    states,
+    kernel,
+    recurrent_kernel,
+    kept,
+    sequences,
+    d_sequences,
+    d_last,
+    turns,
+    length,
+):
+    """Does what `backward` does, in blocks of `length` timesteps."""
     dtype, width = frames.dtype, frames.shape[-1]
     units = recurrent_kernel.shape[0]
     timesteps, rows = tf.shape(frames)[0], tf.shape(frames)[1]

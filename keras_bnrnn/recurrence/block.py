@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn.recurrence import forward
-from keras_bnrnn.recurrence.schedule import timesteps_of_block
+from keras_bnrnn.recurrence.schedule import runs_in_one_operation, timesteps_of_block
 
 
 def runs_as_block(loop, weights, derivative):
@@ -66,6 +66,7 @@ def run(loop, frames, states, weights, stacks, wants_last):
 
     def gradient(arguments, kept, upstream):
         frames, states, kernel, recurrent_kernel, _ = named(arguments)
+        rows = ops.shape(frames)[1]
         d_last = list(upstream[stacks:])
         if not wants_last:
             d_last = [ops.zeros_like(state) for state in states]
@@ -79,7 +80,8 @@ def run(loop, frames, states, weights, stacks, wants_last):
             list(upstream[:stacks]),
             d_last,
             loop.turns,
-            timesteps_of_block(ops.shape(frames)[1]),
+            timesteps_of_block(rows),
+            runs_in_one_operation(rows, loop.alone, kernel, recurrent_kernel),
         )
         return gradients if has_bias else gradients[:-1]
 

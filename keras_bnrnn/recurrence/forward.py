@@ -32,6 +32,8 @@ class Loop(typing.NamedTuple):
         collected: `(shape, dtype)` of each tensor in `collected_t`.
         turns: The number of turns, T or 0 (an int or a tensor): 0 for a loop without
             rows. `None`: T.
+        alone: Whether no other slice of the batch runs at the same time, a boolean or a
+            tensor. Default: `True`.
         schedule: `Schedule`.
     """
 
@@ -42,6 +44,7 @@ class Loop(typing.NamedTuple):
     bounded: bool = False
     collected: tuple = ()
     turns: typing.Any = None
+    alone: typing.Any = True
     schedule: Schedule = Schedule()
 
 

@@ -17,6 +17,17 @@ BY_STEP_FROM = 1024
 LEAST_SLICED_ROWS = 8
 LEAST_SLICED_PRODUCT = 2**20
 
+# The same where the backend has operations for whole sequences. Their loops need no
+# scheduling, so smaller slices are worth while.
+LEAST_SLICED_ROWS_OF_BLOCK = 32
+LEAST_SLICED_PRODUCT_OF_BLOCK = 2**17
+
+# The backend's gradient of such an operation computes all products timestep by timestep
+# on one core. Up to this many multiplications in a timestep that is faster than a loop,
+# which has other cores for products of many timesteps; by up to 50 %.
+ONE_OPERATION_ALONE = 2**18
+ONE_OPERATION_IN_SLICES = 2**20
+
 # The number of frames (timesteps times rows) of a block of the backward loop in a plain
 # graph. From 1,024 to 8,192 frames a step takes the same time, within 5 %. Long blocks
 # need more memory, and short ones more turns of the outer loop.
@@ -67,14 +78,44 @@ class Schedule(typing.NamedTuple):
         return self._replace(by_step=by_step)
 
 
-def rows_of_a_sliced_batch(weights):
+def rows_of_a_sliced_batch(weights, is_block=False):
     """Returns the least number of rows of a batch that runs in slices.
 
     Args:
         weights: `Weights`.
+        is_block: Whether slices run by the backend's operations for whole sequences.
+            Default: `False`.
     """
     units, width = weights.recurrent_kernel.shape
-    return max(LEAST_SLICED_ROWS, -(-LEAST_SLICED_PRODUCT // (units * width)))
+
+    def least(rows, product):
+        return max(rows, -(-product // (units * width)))
+
+    found = least(LEAST_SLICED_ROWS, LEAST_SLICED_PRODUCT)
+    if is_block:
+        of_block = least(LEAST_SLICED_ROWS_OF_BLOCK, LEAST_SLICED_PRODUCT_OF_BLOCK)
+        return min(found, of_block)
+    return found
+
+
+def runs_in_one_operation(rows, alone, kernel, recurrent_kernel):
+    """Returns whether the gradient of a whole sequence is one operation of the backend.
+
+    Args:
+        rows: The number of rows, an int or a tensor.
+        alone: As in `Loop`.
+        kernel, recurrent_kernel: Tensors (D, G*U) and (U, G*U).
+
+    Returns:
+        A boolean, or a tensor if one of `rows` and `alone` is one.
+    """
+    width = kernel.shape[-1]
+    product = (kernel.shape[0] + recurrent_kernel.shape[0]) * width
+    most_alone = ONE_OPERATION_ALONE // product
+    most_in_slices = ONE_OPERATION_IN_SLICES // product
+    if isinstance(alone, bool):
+        return rows <= (most_alone if alone else most_in_slices)
+    return rows <= ops.where(alone, most_alone, most_in_slices)
 
 
 def timesteps_of_block(rows):

@@ -64,7 +64,8 @@ def time_loop(
     )
     sizes = [batch]
     if not loop.collected and not loop.schedule.unroll:
-        least = rows_of_a_sliced_batch(weights)
+        is_block = block.runs_as_block(loop, weights, derivative)
+        least = rows_of_a_sliced_batch(weights, is_block)
         sizes = backend.slice_sizes(batch, least)
         if len(sizes) > 1 and not isinstance(batch, int) and not loop.schedule.keeps:
             # Converters of `keras.Model.export` support no slices that may be empty.
@@ -108,12 +109,13 @@ def _slices(sizes, loop, inputs, states, weights):
     }
     slices = []
     for k, size in enumerate(sizes):
-        turns = None
+        turns, alone = None, False
         if loop.schedule.keeps and not isinstance(size, int):
             turns = ops.where(size > 0, ops.shape(inputs)[0], 0)
+            alone = ops.equal(sizes[1], 0)
         slices.append(
             (
-                loop._replace(valid=parts["valid"][k], turns=turns),
+                loop._replace(valid=parts["valid"][k], turns=turns, alone=alone),
                 parts["inputs"][k],
                 [parts[i][k] for i in range(len(states))],
                 weights._replace(recurrent_dropout_mask=parts["mask"][k]),

@@ -13,10 +13,11 @@ BATCH, WIDTH, UNITS = 3, 4, 5
 
 @pytest.mark.parametrize("sequences", [0, 1, 2], ids="sequences={}".format)
 @pytest.mark.parametrize("timesteps", [1, 2, 8])
-@pytest.mark.parametrize("length", [1, 3, 100], ids="length={}".format)
+@pytest.mark.parametrize("length", [1, 3, 100, None], ids="length={}".format)
 def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
     """Blocks of one and of three timesteps, the last one shorter, and a single block.
 
+    Without a length the gradient is one operation.
     The loss weighs the outputs, the cell states and both last states at random.
     """
 
@@ -64,6 +65,7 @@ def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
             d_last,
             None,
             length,
+            length is None,
         )
 
     gradients = found(
@@ -75,7 +77,7 @@ def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
         np.testing.assert_allclose(gradient, wanted, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("timesteps, length", [(1, 3), (5, 3)])
+@pytest.mark.parametrize("timesteps, length", [(1, 3), (5, 3), (1, None), (5, None)])
 def test_a_slice_without_rows_has_no_turns(timesteps, length, rng):
     """One function for slices of 3 and of 0 rows, as of a batch of unknown size."""
     kernel = tf.constant(rng.normal(size=(WIDTH, 4 * UNITS)), "float32")
@@ -86,7 +88,7 @@ def test_a_slice_without_rows_has_no_turns(timesteps, length, rng):
         stacked, kept = block_lstm.forward(*arguments, None, turns)
         d_last = [tf.zeros_like(h), tf.zeros_like(c)]
         return stacked, block_lstm.backward(
-            *arguments, kept, stacked, [d_h], d_last, turns, length
+            *arguments, kept, stacked, [d_h], d_last, turns, length, length is None
         )
 
     states = tf.TensorSpec((None, UNITS))
