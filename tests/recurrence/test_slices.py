@@ -161,6 +161,48 @@ def test_the_operations_of_a_block(sequences, masked, slices, rng, monkeypatch):
         assert gap(a, b) <= 2e-5
 
 
+def test_a_block_of_any_size(slices, rng, monkeypatch):
+    """One trace: the gradient of a block is one operation, or a loop, by rows.
+
+    One row: one operation. 2 and 3: a loop. 4 to 6: two operations. 7: a loop of 4 rows
+    beside an operation of 3. All are float32: 2e-5 of numbers of order 1, against the
+    loop in float64.
+    """
+    product = (D + U) * 4 * U
+    monkeypatch.setattr(schedule, "ONE_OPERATION_ALONE", 2 * product - 1)
+    monkeypatch.setattr(schedule, "ONE_OPERATION_IN_SLICES", 3 * product)
+    double = make("lstm", rng, return_sequences=True)
+    start = [w.numpy() for w in double.weights]
+    single = KINDS["lstm"][0](U, return_state=True, return_sequences=True, momentum=0.9)
+    single.build((B, T, D))
+
+    def gradients(layer):
+        def step(x):
+            weights = [w.value for w in layer.trainable_variables]
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                outputs = layer(x, training=True)
+                loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
+            return [*outputs, *tape.gradient(loss, [x, *weights])]
+
+        spec = [tf.TensorSpec((None, None, D), layer.dtype)]
+        function = tf.function(step, input_signature=spec, autograph=False)
+        found = []
+        for batch in batches:
+            for weight, value in zip(layer.weights, start, strict=True):
+                weight.assign(value)
+            found.append(function(tf.cast(batch, layer.dtype)))
+        assert function.experimental_get_tracing_count() == 1
+        return found
+
+    batches = [tf.constant(rng.normal(size=(rows, T, D))) for rows in (1, 2, 3, 4, 7)]
+    found = gradients(single)
+    whole(monkeypatch)
+    for ours, theirs in zip(found, gradients(double), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert gap(a, b) <= 2e-5
+
+
 @pytest.mark.slow
 def test_second_derivatives_of_a_block(slices, rng, monkeypatch):
     """Of a block and of the loop, both float32: 1e-4 of numbers of order 1 to 10."""

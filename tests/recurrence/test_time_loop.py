@@ -674,6 +674,25 @@ def test_the_least_rows_of_slices(units, gates, rows):
     assert schedule.rows_of_a_sliced_batch(weights) == rows
 
 
+@pytest.mark.parametrize("units, rows", [(64, 32), (32, 32), (16, 128), (128, 16)])
+def test_the_least_rows_of_slices_of_a_block(units, rows):
+    """2 ** 17 multiplications of a recurrent product and 32 rows, or as above."""
+    weights = Weights(None, tf.zeros((units, 4 * units)))
+    assert schedule.rows_of_a_sliced_batch(weights, True) == rows
+
+
+@pytest.mark.parametrize("alone, most", [(True, 8), (False, 32)])
+def test_when_a_gradient_is_one_operation(alone, most):
+    """2 ** 18 multiplications of the products of a timestep, 2 ** 20 of a slice."""
+    kernels = tf.zeros((60, 256)), tf.zeros((68, 256))
+    for rows, expected in ((most, True), (most + 1, False)):
+        assert schedule.runs_in_one_operation(rows, alone, *kernels) is expected
+        found = schedule.runs_in_one_operation(tf.constant(rows), alone, *kernels)
+        assert bool(found) == expected
+        found = schedule.runs_in_one_operation(rows, tf.constant(alone), *kernels)
+        assert bool(found) == expected
+
+
 def test_the_timesteps_of_a_block():
     """2,048 frames, rounded down, and at least one timestep."""
     for rows, timesteps in ((0, 2048), (1, 2048), (3, 682), (2048, 1), (5000, 1)):
