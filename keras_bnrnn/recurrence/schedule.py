@@ -24,7 +24,9 @@ LEAST_SLICED_PRODUCT_OF_BLOCK = 2**17
 
 # The backend's gradient of such an operation computes all products timestep by timestep
 # on one core. Up to this many multiplications in a timestep that is faster than a loop,
-# which has other cores for products of many timesteps; by up to 50 %.
+# which has other cores for products of many timesteps; by up to 50 %. With more weights
+# than that, it is slower with few rows, too, because it adds to all in each timestep.
+ONE_OPERATION_WEIGHTS = 2**15
 ONE_OPERATION_ALONE = 2**18
 ONE_OPERATION_IN_SLICES = 2**20
 
@@ -111,6 +113,8 @@ def runs_in_one_operation(rows, alone, kernel, recurrent_kernel):
     """
     width = kernel.shape[-1]
     product = (kernel.shape[0] + recurrent_kernel.shape[0]) * width
+    if product > ONE_OPERATION_WEIGHTS:
+        return False
     most_alone = ONE_OPERATION_ALONE // product
     most_in_slices = ONE_OPERATION_IN_SLICES // product
     if isinstance(alone, bool):

@@ -683,7 +683,10 @@ def test_the_least_rows_of_slices_of_a_block(units, rows):
 
 @pytest.mark.parametrize("alone, most", [(True, 8), (False, 32)])
 def test_when_a_gradient_is_one_operation(alone, most):
-    """2 ** 18 multiplications of the products of a timestep, 2 ** 20 of a slice."""
+    """2 ** 18 multiplications of the products of a timestep, 2 ** 20 of a slice.
+
+    And no more than 2 ** 15 weights.
+    """
     kernels = tf.zeros((60, 256)), tf.zeros((68, 256))
     for rows, expected in ((most, True), (most + 1, False)):
         assert schedule.runs_in_one_operation(rows, alone, *kernels) is expected
@@ -691,6 +694,8 @@ def test_when_a_gradient_is_one_operation(alone, most):
         assert bool(found) == expected
         found = schedule.runs_in_one_operation(rows, tf.constant(alone), *kernels)
         assert bool(found) == expected
+    more = tf.zeros((61, 256)), tf.zeros((68, 256))
+    assert schedule.runs_in_one_operation(tf.constant(1), alone, *more) is False
 
 
 def test_the_timesteps_of_a_block():
