@@ -238,10 +238,10 @@ def test_another_loop_kernel_is_differentiated_and_kept(rng):
             return kernel * ops.cast(kernel > 0, kernel.dtype)
 
     @keras.saving.register_keras_serializable(package="tests")
-    class Sparse(BNSimpleRNN):
+    class SparseLayer(BNSimpleRNN):
         cell_class = SparseCell
 
-    layer = Sparse(U)
+    layer = SparseLayer(U)
     layer.build((None, T, D))
     randomize(layer, rng)
     x = tf.constant(rng.normal(size=(8, T, D)), "float32")
