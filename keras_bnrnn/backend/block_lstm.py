@@ -30,19 +30,16 @@ def forward(frames, states, kernel, recurrent_kernel, bias, turns=None):
     (h, c), units = states, recurrent_kernel.shape[0]
     if bias is None:
         bias = tf.zeros([4 * units], frames.dtype)
-    no_peephole = tf.zeros([units], frames.dtype)
+    no_peephole = _no_peephole(units, frames.dtype)
     block = tf.raw_ops.BlockLSTMV2(
         seq_len_max=tf.cast(tf.shape(frames)[0] if turns is None else turns, tf.int64),
         x=frames,
         cs_prev=c,
         h_prev=h,
         w=tf.concat([kernel, recurrent_kernel], axis=0),
-        wci=no_peephole,
-        wcf=no_peephole,
-        wco=no_peephole,
         b=bias,
         cell_clip=0.0,
-        use_peephole=False,
+        **no_peephole,
     )
     kept = [block.i, block.f, block.o, block.ci, block.co]
     return [block.h, block.cs], kept
@@ -111,7 +108,7 @@ def _in_one_operation(
     (first_h, first_c), (h, c) = states, sequences
     width, units = frames.shape[-1], recurrent_kernel.shape[0]
     timesteps = tf.shape(frames)[0]
-    no_peephole = tf.zeros([units], frames.dtype)
+    no_peephole = _no_peephole(units, frames.dtype)
 
     def at_each_timestep(k):
         """Returns the gradient of a state at all timesteps, the last one included."""
@@ -126,9 +123,6 @@ def _in_one_operation(
         cs_prev=first_c,
         h_prev=first_h,
         w=tf.concat([kernel, recurrent_kernel], axis=0),
-        wci=no_peephole,
-        wcf=no_peephole,
-        wco=no_peephole,
         b=tf.zeros([4 * units], frames.dtype),
         i=gate_i,
         cs=c,
@@ -139,7 +133,7 @@ def _in_one_operation(
         h=h,
         cs_grad=at_each_timestep(1),
         h_grad=at_each_timestep(0),
-        use_peephole=False,
+        **no_peephole,
     )
     return [
         gradient.x_grad,
@@ -171,7 +165,7 @@ def _in_a_loop(
     # The gradient of `LSTMBlockCellGrad` has the order i, c, f, o.
     transposed = tf.transpose(_swapped(recurrent_kernel))
     transposed_kernel = tf.transpose(_swapped(kernel))
-    no_peephole = tf.zeros([units], dtype)
+    no_peephole = _no_peephole(units, dtype)
     # The operation checks the shapes of these, and reads nothing else of them.
     no_input = tf.zeros([rows, 1], dtype)
     no_kernel = tf.zeros([1 + units, 4 * units], dtype)
@@ -187,9 +181,6 @@ def _in_a_loop(
             cs_prev=c_before,
             h_prev=c_before,
             w=no_kernel,
-            wci=no_peephole,
-            wcf=no_peephole,
-            wco=no_peephole,
             b=no_bias,
             i=gate_i,
             cs=c_before,
@@ -199,7 +190,7 @@ def _in_a_loop(
             co=tanh_c,
             cs_grad=c_gradient,
             h_grad=h_gradient,
-            use_peephole=False,
+            **no_peephole,
         )
         through = tf.matmul(step.dicfo, transposed)
         return step.dicfo, through, step.cs_prev_grad
@@ -246,6 +237,12 @@ def _in_a_loop(
     sums = added(sums, of_weights(frames[0], first_h, d_gates))
     d_frames = tf.concat([finish(d_gates[None]), d_frames], axis=0)
     return [tf.reshape(d_frames, tf.shape(frames)), dh, dc, *map(_swapped, sums)]
+
+
+def _no_peephole(units, dtype):
+    """Returns the arguments of an operation for a cell without peepholes."""
+    zeros = tf.zeros([units], dtype)
+    return {"wci": zeros, "wcf": zeros, "wco": zeros, "use_peephole": False}
 
 
 def _swapped(columns):

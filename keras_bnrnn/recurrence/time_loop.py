@@ -74,12 +74,10 @@ def time_loop(
     if len(sizes) == 1:
         return run(loop, inputs, states, weights, lengths)
 
-    lengths = [None] * len(sizes) if lengths is None else _split(lengths, sizes)
+    slices = _slices(sizes, loop, inputs, states, weights)
     results = [
         run(*slice_, lengths_s)
-        for slice_, lengths_s in zip(
-            _slices(sizes, loop, inputs, states, weights), lengths, strict=True
-        )
+        for slice_, lengths_s in zip(slices, _split(lengths, sizes, 0), strict=True)
     ]
     outputs, last, _ = zip(*results, strict=True)
     if return_sequences:
@@ -103,10 +101,7 @@ def _slices(sizes, loop, inputs, states, weights):
         "mask": (weights.recurrent_dropout_mask, 0),
         **{i: (state, 0) for i, state in enumerate(states)},
     }
-    parts = {
-        name: [None] * len(sizes) if x is None else _split(x, sizes, axis)
-        for name, (x, axis) in tensors.items()
-    }
+    parts = {name: _split(x, sizes, axis) for name, (x, axis) in tensors.items()}
     slices = []
     for k, size in enumerate(sizes):
         turns, alone = None, False
@@ -124,8 +119,9 @@ def _slices(sizes, loop, inputs, states, weights):
     return slices
 
 
-def _split(x, sizes, axis=0):
-    return backend.split_rows(x, sizes, axis)
+def _split(x, sizes, axis):
+    """Splits a tensor, or `None` into as many."""
+    return [None] * len(sizes) if x is None else backend.split_rows(x, sizes, axis)
 
 
 def _joined(lists, axis):
