@@ -597,7 +597,11 @@ def compare_graph_with_eager(case, training, sliced, dtype):
     found = []
     lowered = {"BY_STEP_FROM": 1}
     if sliced:
-        lowered |= {"LEAST_SLICED_ROWS": 2, "LEAST_SLICED_PRODUCT": 1}
+        lowered |= {
+            "LEAST_SLICED_ROWS": 2,
+            "LEAST_SLICED_PRODUCT": 1,
+            "LEAST_SLICED_PRODUCT_AT_INFERENCE": 1,
+        }
     with mock.patch.multiple(schedule, **lowered), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for wrap in (lambda f: f, tf.function):

@@ -25,6 +25,7 @@ product_and_bias = _module.product_and_bias
 replica_count = _module.replica_count
 require_positive = _module.require_positive
 require_time_loop = _module.require_time_loop
+run_by_executor = _module.run_by_executor
 scan = _module.scan
 scan_blocks = _module.scan_blocks
 slice_sizes = _module.slice_sizes

@@ -5,7 +5,7 @@ import contextvars
 
 import tensorflow as tf
 
-_in_slices = contextvars.ContextVar("in_slices", default=True)
+_for_executor = contextvars.ContextVar("for_executor", default=True)
 
 
 def is_traced():
@@ -31,22 +31,24 @@ def compiled_by_xla():
 
 
 @contextlib.contextmanager
-def whole_batches():
-    """Traces loops that are not cut in slices of the batch.
+def simple_loops():
+    """Traces loops as runtimes other than TensorFlow's run them best.
 
-    A runtime of another format than TensorFlow's does not run slices side by side, and
-    its file would hold the weights once for each loop.
+    A batch is one loop, and a turn of the loop is one timestep. Other runtimes do not
+    run slices of the batch side by side, and have less to gain from longer turns. Their
+    files would hold the weights once for each loop.
     """
-    token = _in_slices.set(False)
+    token = _for_executor.set(False)
     try:
         yield
     finally:
-        _in_slices.reset(token)
+        _for_executor.reset(token)
 
 
-def runs_slices():
-    """Returns whether slices of a batch may run side by side, outside `whole_batches`.
+def run_by_executor():
+    """Returns whether TensorFlow's executor will run the graph that is being traced.
 
-    XLA runs one loop after the other.
+    The executor runs independent loops side by side, and schedules each operation.
+    XLA does neither. Not so inside `simple_loops`.
     """
-    return in_plain_graph() and _in_slices.get()
+    return in_plain_graph() and _for_executor.get()

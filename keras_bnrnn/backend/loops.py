@@ -9,6 +9,43 @@ import tensorflow as tf
 from keras_bnrnn.backend.context import compiled_by_xla, in_plain_graph
 
 
+def run_turns(turn, start, end, values, step=1, length=1):
+    """Calls a function for the timesteps from `start` to before `end`, in a graph.
+
+    Args:
+        turn: Function `(t, values)` that returns the next values.
+        start, end: Ints or int32 scalar tensors.
+        values: Nested structure of tensors and of `tf.TensorArray`.
+        step: 1, or -1 to run to timesteps before `start`. Default: 1.
+        length: The number of timesteps in each turn of the loop. Another loop runs the
+            timesteps that are left. Default: 1.
+
+    Returns:
+        The last values.
+    """
+    known = isinstance(start, int) and isinstance(end, int)
+    total = max((end - start) * step, 0) if known else None
+
+    def loop(t, values, length):
+        def body(t, values):
+            for k in range(length):
+                values = turn(t + k * step if k else t, values)
+            return t + length * step, values
+
+        def is_left(t, _):
+            last = t + (length - 1) * step if length > 1 else t
+            return last < end if step > 0 else last > end
+
+        return tf.while_loop(is_left, body, (t, values), parallel_iterations=32)
+
+    t = tf.convert_to_tensor(start)
+    if total is None or total >= length:
+        t, values = loop(t, values, length)
+    if length > 1 and (total is None or total % length):
+        _, values = loop(t, values, 1)
+    return values
+
+
 def scan(
     body,
     carry,
@@ -24,6 +61,7 @@ def scan(
     prepare=None,
     block=None,
     in_place=None,
+    turn_length=1,
 ):
     """Runs a loop over timesteps.
 
@@ -41,8 +79,8 @@ def scan(
         differentiable: Whether the backend can differentiate the loop. Otherwise
             timesteps are read as slices. Slices cost least, but the gradient of each
             slice has the size of the whole sequence. Default: `False`.
-        ahead: Whether to read each timestep one turn ahead. It has no effect with
-            `unroll`. Default: `False`.
+        ahead: Whether to read each timestep one turn ahead, where XLA compiles the
+            loop. It has no effect with `unroll`. Default: `False`.
         stacks: The number of tensors to stack, the first ones of `specs`. Where
             `in_plain_graph()`, the other ones are left as they are, one tensor for each
             timestep. `None` (default): all are stacked.
@@ -57,6 +95,8 @@ def scan(
         in_place: Index of a tensor to stack. XLA writes its stack over the first
             sequence, which has the same shape and dtype, and so needs memory for one of
             the two. Not with `unroll` or `ahead`. `None` (default): for none.
+        turn_length: The number of timesteps in a turn of the loop, in a plain graph and
+            without `differentiable`. Default: 1.
 
     Returns:
         The last carry, and the list of stacked tensors (T, ...) in the order of t. For
@@ -79,7 +119,7 @@ def scan(
         for shape, dtype in specs
     ]
     if not compiled_by_xla():
-        in_place = None
+        in_place, ahead = None, False
     if in_place is not None:
         arrays[in_place] = arrays[in_place].unstack(sequences[0])
         del readers[0]
@@ -98,7 +138,8 @@ def scan(
     def run(start, end, carry, arrays, elements_at, maximum=None):
         """Runs the turns from `start` to before `end`."""
 
-        def loop_body(i, carry, elements, arrays):
+        def turn(i, values):
+            carry, elements, arrays = values
             elements_now = elements if ahead else (*elements, *elements_at(i))
             carry, kept = body(list(carry), list(elements_now))
             t = last - i if reverse else i
@@ -106,13 +147,16 @@ def scan(
             # A turn writes, and then reads for the next one. If it also read from the
             # sequence before the write, XLA would copy the sequence in each turn.
             elements = elements_ahead(tf.minimum(i + 1, last), arrays)
-            return i + 1, tuple(carry), elements, arrays
+            return tuple(carry), elements, arrays
 
-        first = elements_ahead(0, arrays)
-        _, carry, _, arrays = tf.while_loop(
-            lambda i, *_: i < end,
-            loop_body,
-            (start, tuple(carry), first, arrays),
+        values = tuple(carry), elements_ahead(0, arrays), arrays
+        if in_plain_graph() and not differentiable:
+            carry, _, arrays = run_turns(turn, start, end, values, length=turn_length)
+            return carry, arrays
+        _, (carry, _, arrays) = tf.while_loop(
+            lambda i, _: i < end,
+            lambda i, values: (i + 1, turn(i, values)),
+            (tf.convert_to_tensor(start), values),
             # XLA differentiates a loop of a known number of turns only.
             maximum_iterations=maximum,
             parallel_iterations=32,
@@ -122,7 +166,7 @@ def scan(
 
     if prepare is None:
         end = length if turns is None else turns
-        carry, arrays = run(tf.constant(0), end, carry, arrays, elements_at, length)
+        carry, arrays = run(0, end, carry, arrays, elements_at, length)
     else:
 
         def run_block(k, carry, arrays):
@@ -163,6 +207,7 @@ def scan_blocks(
     width,
     turns=None,
     in_place=None,
+    turn_length=1,
 ):
     """Runs a loop from the last timestep to the first, and sums over blocks of it.
 
@@ -170,7 +215,7 @@ def scan_blocks(
     they are in the cache. XLA has one block.
 
     Args:
-        body, carry, sequences, turns, in_place: As for `scan`.
+        body, carry, sequences, turns, in_place, turn_length: As for `scan`.
         specs: Shape and dtype of each tensor to stack.
         length: T, an int or a tensor.
         block: The number of timesteps of a block, an int or a tensor.
@@ -213,6 +258,7 @@ def scan_blocks(
         finish,
         width,
         turns,
+        turn_length=turn_length,
     )
     known = length if isinstance(length, int) else None
     if turns is not None:
@@ -232,6 +278,7 @@ def blocks_back(
     width,
     turns=None,
     start=0,
+    turn_length=1,
 ):
     """Does what `scan_blocks` does, in a plain graph, down to a timestep `start`.
 
@@ -241,6 +288,7 @@ def blocks_back(
         carry, specs, length, block, sums, of_block, finish, width, turns: As for
             `scan_blocks`.
         start: An int. Block k starts at `start + k * block`. Default: 0.
+        turn_length: As for `scan`.
 
     Returns:
         As `scan_blocks`: of finished timesteps there are none before `start`, and none
@@ -256,19 +304,18 @@ def blocks_back(
             for shape, (_, dtype) in zip(shapes, specs, strict=True)
         )
 
-        def loop_body(t, carry, lists):
+        def turn(t, values):
+            carry, lists = values
             carry, kept = body(t, list(carry))
             lists = tuple(
                 one.write(t - first, tensor)
                 for one, tensor in zip(lists, kept, strict=True)
             )
-            return t - 1, tuple(carry), lists
+            return tuple(carry), lists
 
-        _, after, lists = tf.while_loop(
-            lambda t, *_: t >= first,
-            loop_body,
-            (end - 1, carry, lists),
-            parallel_iterations=32,
+        values = tuple(carry), lists
+        after, lists = run_turns(
+            turn, end - 1, first - 1, values, step=-1, length=turn_length
         )
         stacks = [one.stack() for one in lists]
         sums = added(sums, of_block(list(carry), stacks, first, end))

@@ -12,7 +12,7 @@ from keras_bnrnn.backend import loops as _loops
 from keras_bnrnn.backend.context import (
     compiled_by_xla,
     in_plain_graph,
-    runs_slices,
+    run_by_executor,
 )
 
 block_forward = _block_lstm.forward
@@ -28,7 +28,7 @@ def require_time_loop():
     """Raises NotImplementedError if the backend has no time loop."""
 
 
-def slice_sizes(batch, least):
+def slice_sizes(batch, least, count=2):
     """Returns the sizes of the slices of a batch whose loops run side by side.
 
     In a graph on CPUs independent loops run on different cores. XLA and GPUs run one
@@ -37,17 +37,20 @@ def slice_sizes(batch, least):
     Args:
         batch: The number of rows, an int or a tensor.
         least: Smaller batches are not sliced.
+        count: The number of slices of a batch of known size. Default: 2.
 
     Returns:
-        List of ints; or of tensors if `batch` is one: the second slice is then empty if
-        the batch is not sliced.
+        List of ints; or of two tensors if `batch` is one: the second slice is then
+        empty if the batch is not sliced.
     """
-    if not runs_slices() or has_fused_kernels() or cores() < 2:
+    if not run_by_executor() or has_fused_kernels() or cores() < 2:
         return [batch]
     if not isinstance(batch, int):
         second = tf.where(batch < least, 0, batch // 2)
         return [batch - second, second]
-    return [batch] if batch < least else [batch - batch // 2, batch // 2]
+    if batch < least:
+        return [batch]
+    return [(batch + count - 1 - k) // count for k in range(count)]
 
 
 def cores():

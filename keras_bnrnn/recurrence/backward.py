@@ -82,6 +82,7 @@ def _at_once(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         unroll=loop.schedule.unroll,
         reverse=True,
         turns=loop.turns,
+        turn_length=loop.schedule.turn_length,
     )
     d_projected, d_recurrent = (
         derivative.of_projected(gradient),
@@ -171,6 +172,7 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         inputs.shape[-1],
         turns=loop.turns,
         in_place=0 if kept.joined else None,
+        turn_length=loop.schedule.turn_length,
     )
     return d_inputs, carry[:m], dict(zip(names, sums, strict=True))
 

@@ -184,6 +184,7 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         prepare=prepare,
         block=timesteps_of_block(rows),
         in_place=count if joined else None,
+        turn_length=schedule.turn_length,
     )
     sequences, rest = results[:count], results[count:]
     if not keeps:

@@ -13,14 +13,26 @@ BY_STEP_FROM = 1024
 
 # A batch runs in slices from this many rows, and from this many multiplications of a
 # recurrent product. Below, the second loop costs as much as it saves: 0.9 to 1.1 of the
-# time of one loop. Above, slices take 0.5 to 0.95 of it.
+# time of one loop. Above, slices take 0.5 to 0.95 of it. A loop that keeps nothing has
+# less to do beside the product, and slices are worth while from half as many.
 LEAST_SLICED_ROWS = 8
 LEAST_SLICED_PRODUCT = 2**20
+LEAST_SLICED_PRODUCT_AT_INFERENCE = 2**19
 
 # The same where the backend has operations for whole sequences. Their loops need no
 # scheduling, so smaller slices are worth while.
 LEAST_SLICED_ROWS_OF_BLOCK = 32
 LEAST_SLICED_PRODUCT_OF_BLOCK = 2**17
+
+# TensorFlow computes a product (n, U) . (U, W) on two cores if it expects it to take
+# more than this many cycles, 8 multiplications or a store of 1.5 numbers in each. While
+# another slice has the second core, both wait: two products (128, 64) . (64, 192) side
+# by side take 115 us, four of (64, 64) . (64, 192) two by two 60 us. So a loop that
+# keeps nothing runs in four slices where these have fewer cycles, and two have more;
+# in 0.8 to 0.95 of the time. Not with fewer rows than these: each product reads all
+# weights. In training, where memory is the limit, four slices take as long as two.
+CYCLES_ON_ONE_CORE = 210_000
+LEAST_ROWS_OF_FOUR_SLICES = 16
 
 # The backend's gradient of such an operation computes all products timestep by timestep
 # on one core. Up to this many multiplications in a timestep that is faster than a loop,
@@ -29,6 +41,11 @@ LEAST_SLICED_PRODUCT_OF_BLOCK = 2**17
 ONE_OPERATION_WEIGHTS = 2**15
 ONE_OPERATION_ALONE = 2**18
 ONE_OPERATION_IN_SLICES = 2**20
+
+# The number of timesteps in a turn of a loop that TensorFlow's executor runs. It
+# schedules some 25 operations of the loop itself in each turn. A loop takes 0.75 to 1.0
+# of the time with one timestep, and as long with 4, 5, 8 and 10.
+TIMESTEPS_OF_A_TURN = 4
 
 # The number of frames (timesteps times rows) of a block of the backward loop in a plain
 # graph. From 1,024 to 8,192 frames a step takes the same time, within 5 %. Long blocks
@@ -53,8 +70,11 @@ class Schedule(typing.NamedTuple):
         by_step: Whether the backward loop computes factors timestep by timestep, while
             the values they depend on are in the cache. Otherwise it computes them for
             all timesteps before the loop. `settled` sets it. Default: `False`.
-        sliced_from: The least number of rows of a batch that runs in slices, where its
-            size is unknown and the loop keeps nothing. `None` (default): none does.
+        sliced_from: The least number of rows of a batch that runs in two slices, where
+            its size is unknown and the loop keeps nothing. `None` (default): none does.
+        turn_length: The number of timesteps in a turn of the loop, where TensorFlow's
+            executor runs it. Each adds to the time of the first call. So at inference
+            `settled` sets more than one only where all sizes are known. Default: 1.
     """
 
     unroll: bool = False
@@ -62,11 +82,13 @@ class Schedule(typing.NamedTuple):
     reads_ahead: bool = False
     by_step: bool = False
     sliced_from: int | None = None
+    turn_length: int = 1
 
-    def settled(self, batch, units):
-        """Returns the schedule with `by_step` set.
+    def settled(self, timesteps, batch, units):
+        """Returns the schedule with `by_step` and `turn_length` set.
 
         Args:
+            timesteps: T, an int or a tensor.
             batch: The number of rows, an int or a tensor.
             units: U.
         """
@@ -77,27 +99,50 @@ class Schedule(typing.NamedTuple):
             and not backend.has_fused_kernels()
             and not (small and backend.in_plain_graph())
         )
-        return self._replace(by_step=by_step)
+        known = isinstance(timesteps, int) and isinstance(batch, int)
+        long = backend.run_by_executor() and (self.keeps or known)
+        turn_length = TIMESTEPS_OF_A_TURN if long else 1
+        return self._replace(by_step=by_step, turn_length=turn_length)
 
 
-def rows_of_a_sliced_batch(weights, is_block=False):
-    """Returns the least number of rows of a batch that runs in slices.
+class Slices(typing.NamedTuple):
+    """Numbers of rows from which a batch runs in slices.
+
+    Attributes:
+        two_from: The least number of rows of a batch in two slices.
+        four: Range of the numbers of rows of a batch in four slices.
+    """
+
+    two_from: int
+    four: range = range(0)
+
+
+def slices_of(weights, is_block=False, keeps=True):
+    """Returns the `Slices` of a loop.
 
     Args:
         weights: `Weights`.
         is_block: Whether slices run by the backend's operations for whole sequences.
             Default: `False`.
+        keeps: As in `Schedule`. Default: `True`.
     """
     units, width = weights.recurrent_kernel.shape
 
     def least(rows, product):
         return max(rows, -(-product // (units * width)))
 
-    found = least(LEAST_SLICED_ROWS, LEAST_SLICED_PRODUCT)
-    if is_block:
-        of_block = least(LEAST_SLICED_ROWS_OF_BLOCK, LEAST_SLICED_PRODUCT_OF_BLOCK)
-        return min(found, of_block)
-    return found
+    if keeps:
+        two_from = least(LEAST_SLICED_ROWS, LEAST_SLICED_PRODUCT)
+        if is_block:
+            of_block = least(LEAST_SLICED_ROWS_OF_BLOCK, LEAST_SLICED_PRODUCT_OF_BLOCK)
+            two_from = min(two_from, of_block)
+        return Slices(two_from)
+
+    two_from = least(LEAST_SLICED_ROWS, LEAST_SLICED_PRODUCT_AT_INFERENCE)
+    most = int(CYCLES_ON_ONE_CORE / (width * (units / 8 + 1 / 1.5)))
+    if most < LEAST_ROWS_OF_FOUR_SLICES:
+        return Slices(two_from)
+    return Slices(two_from, range(max(2 * most + 1, two_from), 4 * most + 1))
 
 
 def runs_in_one_operation(rows, alone, kernel, recurrent_kernel):

@@ -13,7 +13,7 @@ from keras_bnrnn import backend
 from keras_bnrnn.frames import at_end
 from keras_bnrnn.recurrence import backward, block, forward
 from keras_bnrnn.recurrence.forward import Loop
-from keras_bnrnn.recurrence.schedule import rows_of_a_sliced_batch
+from keras_bnrnn.recurrence.schedule import slices_of
 
 __all__ = ["Loop", "time_loop"]
 
@@ -30,7 +30,7 @@ def time_loop(
 ):
     """Runs a cell's step over the timesteps of a sequence.
 
-    In a graph on CPUs, two slices of a large batch run side by side, as two loops.
+    In a graph on CPUs, slices of a large batch run side by side, as loops of their own.
 
     Args:
         loop: `Loop`: the step, and how to run it.
@@ -52,9 +52,9 @@ def time_loop(
         `states` is the list of the states (B, U) at the end of each row. `collected` is
         the list of collected tensors (T, ...).
     """
-    batch = ops.shape(inputs)[1]
+    timesteps, batch = ops.shape(inputs)[:2]
     units = states[0].shape[-1]
-    loop = loop._replace(schedule=loop.schedule.settled(batch, units))
+    loop = loop._replace(schedule=loop.schedule.settled(timesteps, batch, units))
 
     run = functools.partial(
         _run,
@@ -65,12 +65,14 @@ def time_loop(
     sizes = [batch]
     if not loop.collected and not loop.schedule.unroll:
         is_block = block.runs_as_block(loop, weights, derivative)
-        least = rows_of_a_sliced_batch(weights, is_block)
-        sizes = backend.slice_sizes(batch, least)
+        slices = slices_of(weights, is_block, loop.schedule.keeps)
+        count = 4 if isinstance(batch, int) and batch in slices.four else 2
+        sizes = backend.slice_sizes(batch, slices.two_from, count)
         if len(sizes) > 1 and not isinstance(batch, int) and not loop.schedule.keeps:
             # Converters of `keras.Model.export` support no slices that may be empty.
             sizes = [batch]
-            loop = loop._replace(schedule=loop.schedule._replace(sliced_from=least))
+            schedule = loop.schedule._replace(sliced_from=slices.two_from)
+            loop = loop._replace(schedule=schedule)
     if len(sizes) == 1:
         return run(loop, inputs, states, weights, lengths)
 

@@ -40,6 +40,46 @@ def test_scan_equals_numpy(options, reverse, rng):
     assert gap(stacked, expected) <= 1e-15
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("mode", ["graph", "in blocks", "eager", "xla"])
+def test_scan_with_several_timesteps_in_a_turn(mode, known, steps, rng):
+    if mode == "xla" and steps == 0:
+        pytest.skip("XLA has no loop without turns")
+    x, start = rng.normal(size=(steps, 3, 2)), rng.normal(size=(3, 2))
+
+    def body(carry, elements):
+        (c,), (x_t,) = carry, elements
+        return [0.5 * c + x_t], [c * x_t]
+
+    def run(x):
+        length = steps if known else tf.shape(x)[0]
+        options = (
+            {"prepare": lambda x: 2.0 * x, "block": 6} if mode == "in blocks" else {}
+        )
+        (last,), (stacked,) = backend.scan(
+            body,
+            [tf.constant(start)],
+            [x],
+            [((3, 2), "float64")],
+            length,
+            turn_length=4,
+            **options,
+        )
+        return last, stacked
+
+    if mode != "eager":
+        run = tf.function(run, jit_compile=mode == "xla", autograph=False)
+    last, stacked = run(tf.constant(x))
+    carry, expected = start, np.zeros_like(x)
+    for t in range(steps):
+        x_t = 2.0 * x[t] if mode == "in blocks" else x[t]
+        expected[t], carry = carry * x_t, 0.5 * carry + x_t
+    assert gap(last, carry) <= 1e-15
+    assert stacked.shape == expected.shape
+    assert steps == 0 or gap(stacked, expected) <= 1e-15
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_scan_in_place(mode, reverse, rng):
@@ -112,9 +152,10 @@ def test_scan_of_a_sequence_prepared_in_blocks(block, rng):
     assert gap(between, carries[1:4]) <= 1e-15
 
 
+@pytest.mark.parametrize("turn_length", [1, 2, 4])
 @pytest.mark.parametrize("block", [1, 2, 5, 9])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-def test_scan_blocks_equals_numpy(mode, block, rng):
+def test_scan_blocks_equals_numpy(mode, block, turn_length, rng):
     x, start = rng.normal(size=(5, 3, 2)), rng.normal(size=(3, 2))
 
     def body(carry, elements):
@@ -143,6 +184,7 @@ def test_scan_blocks_equals_numpy(mode, block, rng):
             of_block,
             lambda stack: tf.pad(3 * stack, [[0, 0], [0, 0], [0, 2]]),
             4,
+            turn_length=turn_length,
         )
 
     tensor = None

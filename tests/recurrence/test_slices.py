@@ -21,7 +21,7 @@ from test_gradients import (
 )
 
 from keras_bnrnn import backend
-from keras_bnrnn.backend.context import whole_batches
+from keras_bnrnn.backend.context import simple_loops
 from keras_bnrnn.recurrence import block, schedule
 
 
@@ -31,21 +31,22 @@ def slices(monkeypatch):
     seen = []
     plain = backend.slice_sizes
 
-    def slice_sizes(batch, least):
-        seen.append(plain(batch, least))
+    def slice_sizes(batch, *arguments):
+        seen.append(plain(batch, *arguments))
         return seen[-1]
 
     monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 2)
     monkeypatch.setattr(schedule, "BY_STEP_FROM", 0)
     monkeypatch.setattr(schedule, "LEAST_SLICED_ROWS", 4)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT", 0)
+    monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT_AT_INFERENCE", 0)
     monkeypatch.setattr(backend, "slice_sizes", slice_sizes)
     return seen
 
 
 def whole(monkeypatch):
     """One loop, all factors at once, and no closed forms."""
-    monkeypatch.setattr(backend, "slice_sizes", lambda batch, least: [batch])
+    monkeypatch.setattr(backend, "slice_sizes", lambda batch, *_: [batch])
     monkeypatch.setattr(backend, "is_traced", lambda: False)
     differentiated_by_tensorflow(monkeypatch)
 
@@ -73,6 +74,22 @@ def test_slices_agree_with_the_whole_batch(kind, variant, slices, rng, monkeypat
     for our, their in zip(ours, theirs, strict=True):
         for a, b in zip(our, their, strict=True):
             assert gap(a, b) <= 1e-11
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_four_slices_at_inference(masked, slices, rng, monkeypatch):
+    """1e-11, of numbers of order 1 to 100 in float64."""
+    cycles_of_a_row = 3 * U * (U / 8 + 1 / 1.5)
+    monkeypatch.setattr(schedule, "CYCLES_ON_ONE_CORE", 2.5 * cycles_of_a_row)
+    monkeypatch.setattr(schedule, "LEAST_ROWS_OF_FOUR_SLICES", 1)
+    mask = tf.constant(random_mask(rng, B, T)) if masked else None
+    states, x = states_of("gru", rng), tf.constant(rng.normal(size=(B, T, D)))
+    layer = make("gru", rng, return_sequences=True)
+    ours = results(layer, "graph", x, states, mask, False)
+    assert slices == [[2, 2, 1, 1]]
+    whole(monkeypatch)
+    theirs = results(layer, "graph", x, states, mask, False)
+    assert max(gap(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-11
 
 
 @pytest.mark.slow(but=["lstm-True", "gru-False"])
@@ -286,7 +303,7 @@ def test_small_batches_and_single_cores_are_not_sliced(monkeypatch):
     monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 1)
     sizes(10, 8)
     monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 2)
-    with whole_batches():
+    with simple_loops():
         sizes(11, 8)
     sizes(12, 8)
     assert found == [[7], [5, 4], [10], [11], [6, 6]]

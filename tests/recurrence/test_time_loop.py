@@ -285,7 +285,7 @@ def test_sequences_and_all_states_are_returned_by_default(rng):
 def test_the_default_of_loop_and_schedule():
     loop = Loop(step, None)
     assert loop[2:] == (None, False, False, (), None, True, Schedule())
-    assert Schedule() == (False, True, False, False, None)
+    assert Schedule() == (False, True, False, False, None, 1)
 
 
 def test_collected_tensors_are_stacked(rng):
@@ -545,7 +545,7 @@ def slices(monkeypatch):
     module = importlib.import_module("keras_bnrnn.recurrence.time_loop")
     plain = module._run
 
-    def slice_sizes(batch, least):
+    def slice_sizes(batch, least, count):
         seen["asked"].append((batch, least))
         return seen["sizes"] or [batch]
 
@@ -555,6 +555,7 @@ def slices(monkeypatch):
 
     monkeypatch.setattr(backend, "slice_sizes", slice_sizes)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT", 9 * U * U)
+    monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT_AT_INFERENCE", 9 * U * U)
     monkeypatch.setattr(module, "_run", recorded)
     return seen
 
@@ -648,11 +649,24 @@ def test_when_factors_are_computed_by_step(monkeypatch):
         for batch, units in ((16, 64), (1023, 1), (33, 31), (None, 2)):
             large = batch is None or batch * units >= 1024
             rows = tf.constant(5) if batch is None else batch
-            found = Schedule(unroll=unroll).settled(rows, units)
+            found = Schedule(unroll=unroll).settled(T, rows, units)
             assert found.by_step == (
                 traced and not fused and not unroll and (large or not plain)
             )
             assert found.unroll == unroll
+
+
+def test_the_timesteps_of_a_turn(monkeypatch):
+    """Four by TensorFlow's executor, but one at inference if a size is open."""
+    open_size = tf.constant(5)
+    for runs in (False, True):
+        monkeypatch.setattr(backend, "run_by_executor", lambda runs=runs: runs)
+        for keeps, timesteps, batch in itertools.product(
+            [False, True], [100, open_size], [32, open_size]
+        ):
+            known = isinstance(timesteps, int) and isinstance(batch, int)
+            found = Schedule(keeps=keeps).settled(timesteps, batch, 64)
+            assert found.turn_length == (4 if runs and (keeps or known) else 1)
 
 
 def test_the_loop_settles_its_schedule(rng, monkeypatch):
@@ -662,7 +676,7 @@ def test_the_loop_settles_its_schedule(rng, monkeypatch):
         Schedule, "settled", lambda self, *a: seen.append(a) or settled(self, *a)
     )
     run(constants(draw(rng)))
-    assert seen == [(B, U)]
+    assert seen == [(T, B, U)]
 
 
 @pytest.mark.parametrize(
@@ -671,14 +685,36 @@ def test_the_loop_settles_its_schedule(rng, monkeypatch):
 def test_the_least_rows_of_slices(units, gates, rows):
     """2 ** 20 multiplications of a recurrent product, rounded up, and 8 rows."""
     weights = Weights(None, tf.zeros((units, gates * units)))
-    assert schedule.rows_of_a_sliced_batch(weights) == rows
+    assert schedule.slices_of(weights) == (rows, range(0))
 
 
 @pytest.mark.parametrize("units, rows", [(64, 32), (32, 32), (16, 128), (128, 16)])
 def test_the_least_rows_of_slices_of_a_block(units, rows):
     """2 ** 17 multiplications of a recurrent product and 32 rows, or as above."""
     weights = Weights(None, tf.zeros((units, 4 * units)))
-    assert schedule.rows_of_a_sliced_batch(weights, True) == rows
+    assert schedule.slices_of(weights, is_block=True) == (rows, range(0))
+
+
+@pytest.mark.parametrize(
+    "units, gates, two_from, four",
+    [
+        (64, 4, 32, range(189, 377)),
+        (64, 3, 43, range(253, 505)),
+        (128, 4, 8, range(49, 97)),
+        (256, 4, 8, range(0)),
+    ],
+)
+def test_slices_at_inference(units, gates, two_from, four):
+    """2 ** 19 multiplications for two slices, and four slices where TensorFlow splits
+    the products of two, but not of four: 210,000 cycles of 8 multiplications each, and
+    8 for every 12 results."""
+    weights = Weights(None, tf.zeros((units, gates * units)))
+    assert schedule.slices_of(weights, keeps=False) == (two_from, four)
+    if four:
+        for rows, fits in ((four[0] - 1, 2), (four[0], None), (four[-1], 4)):
+            results = -(-rows // (fits or 2)) * gates * units
+            cycles = results * units / 8 + results * 8 / 12
+            assert (cycles <= 210_000) == (fits is not None)
 
 
 @pytest.mark.parametrize("alone, most", [(True, 8), (False, 32)])

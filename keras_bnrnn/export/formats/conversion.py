@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from keras_bnrnn.backend.context import whole_batches
+from keras_bnrnn.backend.context import simple_loops
 from keras_bnrnn.export.comparison import ExportMismatchError
 from keras_bnrnn.export.structure import nested_inputs
 from keras_bnrnn.traversal import clone_graph, copy_of, sublayers
@@ -60,7 +60,7 @@ class NamedModel:
             file: `pathlib.Path`.
             **options: Further arguments of `keras.Model.export`, such as `format`.
         """
-        with whole_batches():
+        with simple_loops():
             self._model.export(
                 file, verbose=False, input_signature=[self._specs], **options
             )
