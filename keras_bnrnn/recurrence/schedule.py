@@ -73,8 +73,7 @@ class Schedule(typing.NamedTuple):
         sliced_from: The least number of rows of a batch that runs in two slices, where
             its size is unknown and the loop keeps nothing. `None` (default): none does.
         turn_length: The number of timesteps in a turn of the loop, where TensorFlow's
-            executor runs it. Each adds to the time of the first call. So at inference
-            `settled` sets more than one only where all sizes are known. Default: 1.
+            executor runs it. `settled` sets it. Default: 1.
     """
 
     unroll: bool = False
@@ -84,11 +83,10 @@ class Schedule(typing.NamedTuple):
     sliced_from: int | None = None
     turn_length: int = 1
 
-    def settled(self, timesteps, batch, units):
+    def settled(self, batch, units):
         """Returns the schedule with `by_step` and `turn_length` set.
 
         Args:
-            timesteps: T, an int or a tensor.
             batch: The number of rows, an int or a tensor.
             units: U.
         """
@@ -99,9 +97,7 @@ class Schedule(typing.NamedTuple):
             and not backend.has_fused_kernels()
             and not (small and backend.in_plain_graph())
         )
-        known = isinstance(timesteps, int) and isinstance(batch, int)
-        long = backend.run_by_executor() and (self.keeps or known)
-        turn_length = TIMESTEPS_OF_A_TURN if long else 1
+        turn_length = TIMESTEPS_OF_A_TURN if backend.run_by_executor() else 1
         return self._replace(by_step=by_step, turn_length=turn_length)
 
 

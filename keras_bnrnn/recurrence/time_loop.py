@@ -52,9 +52,9 @@ def time_loop(
         `states` is the list of the states (B, U) at the end of each row. `collected` is
         the list of collected tensors (T, ...).
     """
-    timesteps, batch = ops.shape(inputs)[:2]
+    batch = ops.shape(inputs)[1]
     units = states[0].shape[-1]
-    loop = loop._replace(schedule=loop.schedule.settled(timesteps, batch, units))
+    loop = loop._replace(schedule=loop.schedule.settled(batch, units))
 
     run = functools.partial(
         _run,
@@ -205,7 +205,10 @@ def _differentiated(loop, derivative, inputs, states, weights, stacks, wants_las
         sizes = [batch - batch // 2, batch // 2]
 
         def in_slices():
-            found = [forward_only(*slice_) for slice_ in _slices(sizes, *tensors)]
+            # Large batches gain least from long turns, which add to the first call.
+            short = loop._replace(schedule=loop.schedule._replace(turn_length=1))
+            slices = _slices(sizes, short, *tensors[1:])
+            found = [forward_only(*slice_) for slice_ in slices]
             return [
                 *_joined([part[:stacks] for part in found], axis=1),
                 *_joined([part[stacks:] for part in found], axis=0),
