@@ -114,6 +114,11 @@ def scan(
             tf.stack([kept[t][i] for t in range(length)]) for i in range(len(specs))
         ]
 
+    plain = in_plain_graph() and not differentiable
+    if plain and turn_length > 1 and not reverse and stacks is None and not prepare:
+        end = length if turns is None else turns
+        return _in_long_turns(body, carry, readers, specs, end, turn_length)
+
     arrays = [
         tf.TensorArray(dtype, size=length, element_shape=tf.TensorShape(shape))
         for shape, dtype in specs
@@ -150,7 +155,7 @@ def scan(
             return tuple(carry), elements, arrays
 
         values = tuple(carry), elements_ahead(0, arrays), arrays
-        if in_plain_graph() and not differentiable:
+        if plain:
             carry, _, arrays = run_turns(turn, start, end, values, length=turn_length)
             return carry, arrays
         _, (carry, _, arrays) = tf.while_loop(
@@ -192,6 +197,68 @@ def scan(
         return Unstacked(arrays[i].flow, specs[i]).stack(rows)
 
     return list(carry), [result(i) for i in range(len(specs))]
+
+
+def _in_long_turns(body, carry, readers, specs, length, turn_length):
+    """Does what `scan` does, where each turn of the loop writes one stack of timesteps.
+
+    Converters to ONNX support one write in a turn.
+    """
+    count = length // turn_length
+
+    def loop(carry, turns, first, width):
+        arrays = tuple(
+            tf.TensorArray(dtype, size=turns, element_shape=[width, *shape])
+            for shape, dtype in specs
+        )
+
+        def turn(k, values):
+            carry, arrays = values
+            found = []
+            for j in range(width):
+                t = first + k * width + j
+                carry, kept = body(list(carry), [read(t) for read in readers])
+                found.append(kept)
+            stacks = [tf.stack(tensors) for tensors in zip(*found, strict=True)]
+            arrays = tuple(a.write(k, s) for a, s in zip(arrays, stacks, strict=True))
+            return tuple(carry), arrays
+
+        carry, arrays = run_turns(turn, 0, turns, (tuple(carry), arrays))
+        return carry, [
+            stacked(array, shape, width)
+            for array, (shape, _) in zip(arrays, specs, strict=True)
+        ]
+
+    def stacked(array, shape, width):
+        """Stacks the timesteps of all turns: (turns * width, ...)."""
+        shape = tf.TensorShape(shape)
+        full = shape
+        if shape.rank and shape[0] is None:
+            full = tf.concat([rows, shape[1:]], axis=0)
+        stack = tf.raw_ops.TensorListStack(
+            input_handle=array.flow,
+            # In full: there may be no turn, and so no tensor with a shape to read.
+            element_shape=tf.concat([[width], full], axis=0),
+            element_dtype=array.dtype,
+        )
+        flat = tf.reshape(stack, tf.concat([[-1], tf.shape(stack)[2:]], axis=0))
+        return tf.ensure_shape(flat, (None, *shape))
+
+    rows = tf.shape(carry[0])[:1] if carry else None
+    parts = []
+    if not isinstance(length, int) or count:
+        carry, stacks = loop(carry, count, 0, turn_length)
+        parts.append(stacks)
+    if not isinstance(length, int) or length % turn_length or not count:
+        whole = count * turn_length
+        carry, stacks = loop(carry, length - whole, whole, 1)
+        parts.append(stacks)
+    known = length if isinstance(length, int) else None
+    joined = [
+        stacks[0] if len(stacks) == 1 else tf.concat(stacks, axis=0)
+        for stacks in zip(*parts, strict=True)
+    ]
+    return list(carry), [tf.ensure_shape(x, (known, *x.shape[1:])) for x in joined]
 
 
 def scan_blocks(

@@ -134,6 +134,28 @@ def test_each_layer(kind, layer, rng, tmp_path):
         assert found["LSTM"] == (layer == "lstm")
 
 
+@pytest.mark.slow(but=["None-BNGRU", "7-BNLSTM"])
+@pytest.mark.parametrize("layer", ["BNLSTM", "BNGRU", "BNSimpleRNN"])
+@pytest.mark.parametrize("timesteps", [None, 7])
+def test_onnx_by_keras_itself(onnx, timesteps, layer, rng, tmp_path):
+    """Normalised layers, by `keras.Model.export`: one row, and a batch in slices.
+
+    The weights are the initial ones. With larger ones, 128 units multiply rounding
+    errors from timestep to timestep.
+    """
+    normalised = getattr(keras_bnrnn, layer)(128, return_sequences=True)
+    model = keras.Sequential([keras.Input((timesteps, 5), name="x"), normalised])
+    model(sequences(rng, 20, 7), training=True)  # moves the statistics
+    path = tmp_path / "model.onnx"
+    model.export(path, format="onnx", verbose=False)
+    run = runtime(path)
+    for rows in (1, 33):
+        for length in [timesteps] if timesteps else [1, 4, 9]:
+            x = sequences(rng, rows, length)
+            (found,) = run(x=x).values()
+            assert gap(found, model(x, training=False)) < TOLERANCE
+
+
 @pytest.mark.slow(but=["litert-lstm"])
 @pytest.mark.parametrize("layer", ["lstm", "gru"])
 def test_bidirectional(kind, layer, rng, tmp_path):
