@@ -127,6 +127,20 @@ def test_other_masks_are_refused(shape, rng):
 # No timesteps
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_batch_without_rows(kind, training, rng):
+    """Neither the long turns of a loop nor the short ones may need rows."""
+    layer = KINDS[kind][0](U, return_sequences=True)
+    layer.build((None, None, D))
+    spec = tf.TensorSpec((None, None, D))
+    function = tf.function(
+        lambda x: layer(x, training=training), input_signature=[spec], autograph=False
+    )
+    for timesteps in (1, 4, 7):
+        assert function(tf.zeros((0, timesteps, D))).shape == (0, timesteps, U)
+
+
 @pytest.mark.slow(but=["simple_rnn-False-False", "lstm-True-True", "gru-False-True"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sequences", [False, True])

@@ -241,7 +241,9 @@ def _in_long_turns(body, carry, readers, specs, length, turn_length):
             element_shape=tf.concat([[width], full], axis=0),
             element_dtype=array.dtype,
         )
-        flat = tf.reshape(stack, tf.concat([[-1], tf.shape(stack)[2:]], axis=0))
+        # Not -1: the tensor may be empty.
+        timesteps = tf.shape(stack)[0] * width
+        flat = tf.reshape(stack, tf.concat([[timesteps], tf.shape(stack)[2:]], axis=0))
         return tf.ensure_shape(flat, (None, *shape))
 
     rows = tf.shape(carry[0])[:1] if carry else None
