@@ -225,11 +225,11 @@ def _in_long_turns(body, carry, readers, specs, length, turn_length):
 
         carry, arrays = run_turns(turn, 0, turns, (tuple(carry), arrays))
         return carry, [
-            stacked(array, shape, width)
+            stacked(array, shape, turns, width)
             for array, (shape, _) in zip(arrays, specs, strict=True)
         ]
 
-    def stacked(array, shape, width):
+    def stacked(array, shape, turns, width):
         """Stacks the timesteps of all turns: (turns * width, ...)."""
         shape = tf.TensorShape(shape)
         full = shape
@@ -241,9 +241,10 @@ def _in_long_turns(body, carry, readers, specs, length, turn_length):
             element_shape=tf.concat([[width], full], axis=0),
             element_dtype=array.dtype,
         )
-        # Not -1: the tensor may be empty.
-        timesteps = tf.shape(stack)[0] * width
-        flat = tf.reshape(stack, tf.concat([[timesteps], tf.shape(stack)[2:]], axis=0))
+        # Not -1, which is any number if there are no rows. And not the shape of the
+        # stack, which tf2onnx computes wrongly.
+        timesteps = tf.reshape(turns * width, [1])
+        flat = tf.reshape(stack, tf.concat([timesteps, tf.shape(stack)[2:]], axis=0))
         return tf.ensure_shape(flat, (None, *shape))
 
     rows = tf.shape(carry[0])[:1] if carry else None
