@@ -115,9 +115,9 @@ def scan(
         ]
 
     plain = in_plain_graph() and not differentiable
-    if plain and turn_length > 1 and not reverse and stacks is None and not prepare:
-        end = length if turns is None else turns
-        return _in_long_turns(body, carry, readers, specs, end, turn_length)
+    stacks_all = stacks is None and turns is None and prepare is None
+    if plain and turn_length > 1 and not reverse and stacks_all:
+        return _in_long_turns(body, carry, readers, specs, length, turn_length)
 
     arrays = [
         tf.TensorArray(dtype, size=length, element_shape=tf.TensorShape(shape))
