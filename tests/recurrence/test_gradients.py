@@ -192,15 +192,15 @@ def test_recurrent_dropout_in_the_gradient(kind, rng, monkeypatch):
     )
     ours = results(layer, "graph", *arguments)
     layer.cell.recurrent_dropout = 0.0
-    without = results(layer, "graph", *arguments)
+    without = results(layer, "eager", *arguments)
     layer.cell.recurrent_dropout = 0.5
     differentiated_by_tensorflow(monkeypatch)
-    theirs = results(layer, "graph", *arguments)
+    theirs = results(layer, "eager", *arguments)
     assert max(gap(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-12
     assert max(gap(a, b) for a, b in zip(ours, without, strict=True)) > 1e-2
 
 
-@pytest.mark.slow(but=["lstm-graph"])
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_and_length_may_be_unknown(kind, mode, rng):
@@ -274,7 +274,6 @@ def second_derivative(layer, x, mask, training, along):
 @pytest.mark.slow(
     but=[
         "simple_rnn-eager-False",
-        "simple_rnn-relu-graph-True",
         "simple_rnn-elu-eager-True",
         "simple_rnn-xla-False",
         "lstm-eager-False",
@@ -337,7 +336,7 @@ def test_second_derivatives(kind, variant, mode, training, rng):
         assert gap(s, expected) <= 1e-6 * max(1.0, np.max(np.abs(expected)))
 
 
-@pytest.mark.slow(but=["simple_rnn-False", "lstm-True", "gru-False"])
+@pytest.mark.slow(but=["gru-False"])
 @pytest.mark.parametrize("pfor", BOOLEANS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_jacobians(kind, pfor, rng):
@@ -541,6 +540,7 @@ def test_wide_inputs_have_no_covariance(rng):
     assert f"[{width},{width}]" in program(64)
 
 
+@pytest.mark.slow(but=["lstm"])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_xla_copies_no_sequence(kind, rng):
     """The values of a step, then its gradient, take the place of the projection.
@@ -566,7 +566,7 @@ def test_xla_copies_no_sequence(kind, rng):
     assert projections and "copy" not in projections
 
 
-@pytest.mark.slow(but=["simple_rnn-False", "lstm-True"])
+@pytest.mark.slow(but=["simple_rnn-True", "lstm-False"])
 @pytest.mark.parametrize("jit_compile", BOOLEANS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_in_half_precision_follows_float32(kind, jit_compile, rng):
@@ -606,7 +606,7 @@ def test_a_sparse_gradient_from_above(kind, mode, rng):
     rows = [2, 0, 2]
     picks = tf.one_hot(rows, B, dtype=tf.float64)
 
-    def gradients(pick):
+    def gradients(pick, mode):
         def step(x):
             with tf.GradientTape() as tape:
                 tape.watch(x)
@@ -618,29 +618,33 @@ def test_a_sparse_gradient_from_above(kind, mode, rng):
             return step(x)
         return tf.function(step, jit_compile=mode == "xla", autograph=False)(x)
 
-    sparse = gradients(lambda y: tf.gather(y, rows))
-    dense = gradients(lambda y: tf.matmul(picks, y))
+    sparse = gradients(lambda y: tf.gather(y, rows), mode)
+    dense = gradients(lambda y: tf.matmul(picks, y), "eager")
     for a, b in zip(sparse, dense, strict=True):
         assert gap(a, b) <= 1e-12
 
 
 def test_second_derivatives_leave_the_forward_loop_alone(rng):
-    """No gradient, not even of zeros, goes back through what the loop kept."""
-    layer = make("lstm", rng, return_sequences=True)
+    """No gradient, not even of zeros, goes back through what the loop kept.
+
+    In a graph the derivative is that of eager mode: 1e-11 of numbers of order 1 to 100.
+    """
+    layer = make("simple_rnn", rng, return_sequences=True)
     x = tf.constant(rng.normal(size=(B, T, D)))
     layer(x)
 
-    @tf.function(autograph=False)
     def penalty(x):
         with tf.GradientTape() as outer:
             outer.watch(x)
             with tf.GradientTape() as inner:
                 inner.watch(x)
                 y = tf.reduce_sum(layer(x, training=True)[0] ** 2)
-            first = inner.gradient(y, x)
-        return outer.gradient(tf.reduce_sum(first**2), x)
+            squares = tf.reduce_sum(inner.gradient(y, x) ** 2)
+        return outer.gradient(squares, x)
 
-    graph = penalty.get_concrete_function(x).graph.as_graph_def()
-    loops = [n for n in graph.node if n.op in ("While", "StatelessWhile")]
+    in_graph = tf.function(penalty, autograph=False).get_concrete_function(x)
+    nodes = in_graph.graph.as_graph_def().node
+    loops = [n for n in nodes if n.op in ("While", "StatelessWhile")]
     # Forward, backward; then the plain loop, its gradient, and the two of that.
     assert len(loops) <= 6
+    assert gap(in_graph(x), penalty(x)) <= 1e-11
