@@ -74,6 +74,11 @@ def many_ended_model(rng):
     return model
 
 
+def export_quickly(model, directory, version=None, **arguments):
+    """Without warm-up, which calls the version as the tests do themselves."""
+    return export_saved_model(model, directory, version, warmup=None, **arguments)
+
+
 def serving(path):
     loaded = tf.saved_model.load(path)
     signature = loaded.signatures["serving_default"]
@@ -85,7 +90,7 @@ def serving(path):
 def per_step(tmp_path_factory):
     """`per_step_model` folded, and what its version serves."""
     model = per_step_model(np.random.default_rng(20151005))
-    path = export_saved_model(model, tmp_path_factory.mktemp("per_step"))
+    path = export_quickly(model, tmp_path_factory.mktemp("per_step"))
     return fold(model), serving(path)
 
 
@@ -93,7 +98,7 @@ def per_step(tmp_path_factory):
 def many_ended(tmp_path_factory):
     """`many_ended_model` folded, and what its version serves."""
     model = many_ended_model(np.random.default_rng(20151005))
-    path = export_saved_model(model, tmp_path_factory.mktemp("many_ended"))
+    path = export_quickly(model, tmp_path_factory.mktemp("many_ended"))
     return fold(model), serving(path)
 
 
@@ -120,7 +125,7 @@ def test_reversed_outputs_end_with_the_first_frame(rng, tmp_path):
         ]
     )
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "m"))
+    serve = serving(export_quickly(model, tmp_path / "m"))
     x = rng.normal(size=(2, 6, 5)).astype("float32")
     y = serve(x=tf.constant(x), lengths=tf.constant([4, 6]))["y"]
     assert gap(y[0, 2:], fold(model)(x[:1, :4])[0]) <= TOLERANCE
@@ -170,11 +175,11 @@ def test_lengths_pass_through_an_embedding(mask_zero, rng, tmp_path):
             keras.Input((None,), dtype="int32", name="ids"),
             layers.Embedding(9, 4, mask_zero=mask_zero),
             layers.Dropout(0.5),
-            layers.Bidirectional(keras_bnrnn.BNGRU(3)),
+            layers.Bidirectional(keras_bnrnn.BNSimpleRNN(3)),
         ]
     )
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "m"))
+    serve = serving(export_quickly(model, tmp_path / "m"))
     ids = rng.integers(1, 9, (1, 5)).astype("int32")
     ids[0, 1] = 0
     padded = np.concatenate([ids, [[4, 7, 2]]], axis=1).astype("int32")
@@ -292,10 +297,10 @@ def test_names_dtypes_and_shapes_of_the_signature(many_ended):
 def test_dicts_name_the_ends_and_an_unnamed_input_is_inputs(rng, tmp_path):
     b = keras.Input((None, 2), name="b")
     a = keras.Input((4, 3), name="a")
-    y = keras_bnrnn.BNLSTM(2, return_sequences=True)(a)
+    y = keras_bnrnn.BNSimpleRNN(2, return_sequences=True)(a)
     model = keras.Model({"b": b, "a": a}, {"z": keras_bnrnn.BNGRU(2)(b), "y": y})
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "dicts", streaming=False))
+    serve = serving(export_quickly(model, tmp_path / "dicts", streaming=False))
     x = {
         "a": rng.normal(size=(2, 4, 3)).astype("float32"),
         "b": rng.normal(size=(2, 6, 2)).astype("float32"),
@@ -308,8 +313,7 @@ def test_dicts_name_the_ends_and_an_unnamed_input_is_inputs(rng, tmp_path):
     for name in answer:
         assert gap(answer[name], expected[name]) <= TOLERANCE
 
-    plain = keras.Sequential([keras.Input((None, 2)), keras_bnrnn.BNLSTM(2)])
-    serve = serving(export_saved_model(plain, tmp_path / "plain", streaming=False))
+    serve = serving(export_quickly(small_model(), tmp_path / "plain", streaming=False))
     assert set(serve.structured_input_signature[1]) == {"inputs", "lengths"}
 
 
@@ -344,11 +348,13 @@ def test_a_layer_that_gives_several_outputs_has_them_numbered(rng, tmp_path):
 def test_masks_of_other_inputs_are_left_alone(rng, tmp_path):
     frames = keras.Input((None, 3), name="frames")
     tags = keras.Input((7,), dtype="int32", name="tags")
-    tag_states = keras_bnrnn.BNLSTM(2)(layers.Embedding(9, 4, mask_zero=True)(tags))
-    both = layers.Concatenate(name="both")([keras_bnrnn.BNGRU(2)(frames), tag_states])
+    embedded = layers.Embedding(9, 4, mask_zero=True)(tags)
+    both = layers.Concatenate(name="both")(
+        [keras_bnrnn.BNGRU(2)(frames), keras_bnrnn.BNSimpleRNN(2)(embedded)]
+    )
     model = keras.Model([frames, tags], both)
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "m"))
+    serve = serving(export_quickly(model, tmp_path / "m", streaming=False))
     x = rng.normal(size=(2, 4, 3)).astype("float32")
     ids = np.array([[1, 2, 0, 3, 4, 5, 6], [8, 7, 6, 0, 0, 0, 0]], "int32")
     answer = serve(
@@ -365,11 +371,11 @@ def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
             keras.Input((None, 3), name="x"),
             layers.Conv1D(4, 15),
             layers.MaxPool1D(4),
-            keras_bnrnn.BNLSTM(2, return_sequences=True, name="y"),
+            keras_bnrnn.BNSimpleRNN(2, return_sequences=True, name="y"),
         ]
     )
     randomize_model(model, rng)
-    serve = serving(export_saved_model(model, tmp_path / "conv", streaming=False))
+    serve = serving(export_quickly(model, tmp_path / "conv", streaming=False))
     x = rng.normal(size=(1, 60, 3)).astype("float32")
     y = serve(x=tf.constant(x), lengths=tf.constant([60]))["y"]
     assert gap(y, fold(model)(x)) <= TOLERANCE
@@ -377,12 +383,12 @@ def test_front_ends_that_shorten_and_fixed_lengths(rng, tmp_path):
     fixed = keras.Sequential(
         [
             keras.Input((6, 3), name="x"),
-            keras_bnrnn.BNLSTM(12),
+            keras_bnrnn.BNSimpleRNN(12),
             layers.Reshape((6, 2), name="y"),
         ]
     )
     randomize_model(fixed, rng)
-    serve = serving(export_saved_model(fixed, tmp_path / "fixed", lengths=True))
+    serve = serving(export_quickly(fixed, tmp_path / "fixed", lengths=True))
     x = rng.normal(size=(1, 6, 3)).astype("float32")
     y = serve(x=tf.constant(x), lengths=tf.constant([2]))["y"]
     mask = np.arange(6)[None] < 2
@@ -400,11 +406,12 @@ def test_floats_leave_as_float32(policy, rng, tmp_path):
             layers.Dense(2, dtype=policy, name="y"),
         ]
     )
-    path = export_saved_model(model, tmp_path / "m", streaming=False)
+    path = export_quickly(model, tmp_path / "m", streaming=False)
     y = serving(path)(x=tf.ones((2, 4, 3)), lengths=tf.constant([4, 2]))["y"]
     assert y.dtype == tf.float32
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_fold_is_exported_as_it_is(rng, tmp_path):
     model = keras.Sequential(
         [keras.Input((None, 3), name="x"), keras_bnrnn.BNLSTM(2, peephole=True)]
@@ -420,8 +427,8 @@ def test_a_layer_that_cannot_fold_is_exported_as_it_is(rng, tmp_path):
 def test_versions_count_up_and_are_never_overwritten(tmp_path):
     model = small_model()
     directory = tmp_path / "not" / "there yet"
-    # Neither streams nor warm-up: that saves time.
-    export = functools.partial(export_saved_model, model, streaming=False, warmup=None)
+    # No streams: that saves time.
+    export = functools.partial(export_quickly, model, streaming=False)
     assert export(directory) == directory / "1"
     assert export(directory, 7) == directory / "7"
     assert export(str(directory)) == directory / "8"

@@ -129,16 +129,16 @@ def test_bad_warmup(warmup, message, rng, tmp_path):
 
 
 def test_warmup_that_fails_is_not_published(rng, tmp_path):
-    request = {"ids": [[1, 2]], "lengths": [2, 2]}  # fits, but for the batch size
+    request = {"x": np.zeros((1, 2, 3)), "lengths": [2, 2]}  # fits, but for B
     with pytest.raises(tf.errors.InvalidArgumentError, match="`lengths`"):
         export_saved_model(
-            tagger(rng), tmp_path / "m", streaming=False, warmup=[request]
+            recurrent(rng), tmp_path / "m", streaming=False, warmup=[request]
         )
     assert not list((tmp_path / "m").iterdir())
 
 
 def test_answers_other_than_the_models_are_not_published(rng, tmp_path, monkeypatch):
-    model = tagger(rng)
+    model = recurrent(rng)
     broken = exporter.ServedModel
 
     class Broken(broken):
@@ -149,7 +149,7 @@ def test_answers_other_than_the_models_are_not_published(rng, tmp_path, monkeypa
             self.set_weights(weights)
 
     monkeypatch.setattr(exporter, "ServedModel", Broken)
-    with pytest.raises(ExportMismatchError, match=r"0\.0001.*'tags', which differs"):
+    with pytest.raises(ExportMismatchError, match=r"0\.0001.*'y', which differs"):
         export_saved_model(model, tmp_path / "m", streaming=False)
     assert not list((tmp_path / "m").iterdir())
 
@@ -375,7 +375,7 @@ def test_xla_buckets(rng, tmp_path):
 
 def recurrent(rng):
     model = keras.Sequential(
-        [keras.Input((None, 3), name="x"), keras_bnrnn.BNLSTM(4, name="y")]
+        [keras.Input((None, 3), name="x"), keras_bnrnn.BNSimpleRNN(4, name="y")]
     )
     randomize_model(model, rng)
     return model
@@ -521,7 +521,7 @@ def test_models_that_take_no_short_sequences(rng, tmp_path):
             keras.Input((None, 3), name="x"),
             layers.Conv1D(4, 15),
             layers.MaxPool1D(4),
-            keras_bnrnn.BNLSTM(2, name="y"),
+            keras_bnrnn.BNSimpleRNN(2, name="y"),
         ]
     )
     with pytest.warns(UserWarning, match="Padding counts"):

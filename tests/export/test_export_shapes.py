@@ -237,7 +237,7 @@ def test_a_session_in_c_refuses_wrong_shapes(version, serve_in_c):
     assert_refuses(wrong, answers)
 
 
-@pytest.mark.slow(but=["free"])
+@pytest.mark.slow(but=["one size"])
 def test_an_eager_call_refuses_wrong_shapes(version):
     """So does the local server, which calls the loaded signatures."""
     path, good, wrong = version
@@ -283,6 +283,7 @@ def test_free_sizes_and_further_axes():
     assert refusal((2, 5, 3), (2, 9), (3, 5)) == z
 
 
+@pytest.mark.slow
 def test_a_wrong_shape_fails_warmup(rng, tmp_path):
     request = {"x": np.zeros((2, 5, 3)), "speaker": np.zeros((2, 2)), "lengths": [5]}
     message = r"`lengths` must have the shape \(B,\), with the B of `x`"

@@ -210,7 +210,7 @@ OF_CHARACTERS = (
 )
 
 
-some_kinds = pytest.mark.slow(but=["words", "word_pieces", "byte_pairs", "bytes"])
+some_kinds = pytest.mark.slow(but=["words", "word_pieces", "bytes"])
 fewer_kinds = pytest.mark.slow(but=["words", "bytes"])
 
 

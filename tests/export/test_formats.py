@@ -134,7 +134,7 @@ def test_each_layer(kind, layer, rng, tmp_path):
         assert found["LSTM"] == (layer == "lstm")
 
 
-@pytest.mark.slow(but=["None-BNGRU", "7-BNLSTM"])
+@pytest.mark.slow(but=["None-BNSimpleRNN", "7-BNLSTM"])
 @pytest.mark.parametrize("layer", ["BNLSTM", "BNGRU", "BNSimpleRNN"])
 @pytest.mark.parametrize("timesteps", [None, 7])
 def test_onnx_by_keras_itself(onnx, timesteps, layer, rng, tmp_path):
@@ -156,7 +156,7 @@ def test_onnx_by_keras_itself(onnx, timesteps, layer, rng, tmp_path):
             assert gap(found, model(x, training=False)) < TOLERANCE
 
 
-@pytest.mark.slow(but=["litert-lstm"])
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["lstm", "gru"])
 def test_bidirectional(kind, layer, rng, tmp_path):
     forward = KINDS[layer][0](4, return_sequences=True)
@@ -320,7 +320,7 @@ def test_fused_lstm_does_not_clip_its_cells(litert, rng, tmp_path):
 
 def test_float16_weights(litert, rng, tmp_path):
     model = sequential(
-        rng, keras_bnrnn.BNLSTM(64, return_sequences=True), keras_bnrnn.BNGRU(32)
+        rng, keras_bnrnn.BNLSTM(64, return_sequences=True), keras_bnrnn.BNSimpleRNN(32)
     )
     for weight in model.weights:  # as in a trained model: sums of order 1
         if len(weight.shape) > 1:
