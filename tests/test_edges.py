@@ -167,6 +167,7 @@ def test_no_timesteps_are_refused_in_the_same_words(kind, sequences, training, r
 # How equal a folded model is
 
 
+@pytest.mark.slow(but=["gru"])
 @EACH
 def test_folding_is_exact_to_what_float32_can_hold(kind, rng):
     """To 1e-5, and to float32's rounding of the largest term where means are large."""

@@ -1,5 +1,6 @@
 """`normalize_model`: normalised layers, and the same numbers."""
 
+import functools
 import inspect
 
 import keras
@@ -98,7 +99,7 @@ def check_statistics(cell, x, stock_cell, mask=None, epsilon=1e-3):
 # Equal outputs and exact statistics
 
 
-@pytest.mark.slow(but=["gru"])
+@pytest.mark.slow(but=["simple_rnn"])
 @EACH
 def test_statistics_gamma_and_beta(kind, rng):
     mask = random_mask(rng, B, T)
@@ -324,18 +325,19 @@ CELL = set(VALUES) - {
 
 
 def test_trainable_flags_of_parts(rng):
-    inner = sequential(stock("gru"), layers.Dense(D), stock("gru"))
-    both = layers.Bidirectional(stock("lstm", D))
-    model = keras.Sequential([keras.Input((None, D)), inner, both, stock("lstm")])
+    rnn = functools.partial(stock, "simple_rnn")
+    inner = sequential(rnn(), layers.Dense(D), rnn())
+    both = layers.Bidirectional(rnn(D))
+    model = keras.Sequential([keras.Input((None, D)), inner, both, rnn()])
     inner.layers[0].trainable = False
     both.forward_layer.trainable = False
     model.layers[2].cell.trainable = False
     normalized = check(model, frames(rng), rng)
-    inner, both, lstm = normalized.layers
-    flags = [part.trainable for part in (inner, *inner.layers, both, lstm)]
+    inner, both, last = normalized.layers
+    flags = [part.trainable for part in (inner, *inner.layers, both, last)]
     assert flags == [True, False, True, True, True, True]
     assert [both.forward_layer.trainable, both.backward_layer.trainable] == [False, 1]
-    assert not lstm.trainable_weights
+    assert not last.trainable_weights
     assert not inner.layers[0].input_norm.trainable
 
 

@@ -9,7 +9,14 @@ import tensorflow as tf
 from helpers import KINDS, gap
 
 import keras_bnrnn
-from keras_bnrnn import BNLSTM, SequenceBatchNorm, backend, fold, recalibrate
+from keras_bnrnn import (
+    BNLSTM,
+    BNSimpleRNN,
+    SequenceBatchNorm,
+    backend,
+    fold,
+    recalibrate,
+)
 
 B, T, D, U = 4, 5, 3, 4
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -146,8 +153,8 @@ def test_recalibrate_refuses_data_that_is_not_finite(rng):
         [
             keras.Input((None, D)),
             keras.layers.Masking(),
-            BNLSTM(U, return_sequences=True, name="below"),
-            BNLSTM(U, name="above"),
+            BNSimpleRNN(U, return_sequences=True, name="below"),
+            SequenceBatchNorm(name="above"),
         ]
     )
     x = frames(rng, 8, T, D)

@@ -14,6 +14,7 @@ import hypothesis
 import keras
 import numpy as np
 import oracle
+import pytest
 import tensorflow as tf
 from helpers import KINDS, gap, oracle_weights, randomize, randomize_model
 from hypothesis import strategies as st
@@ -463,6 +464,7 @@ def data_of(case, rows=None, scale=1.0):
     return x
 
 
+@pytest.mark.slow
 @examples(2)
 @hypothesis.given(cases(state=False, unroll=False), st.tuples(*[st.integers(1, 9)] * 2))
 def test_recalibration_does_not_depend_on_the_partition(case, batch_sizes):

@@ -37,7 +37,8 @@ def main():
         if arguments.seed is not None:
             seed = arguments.seed
         print(f"round {rounds + 1}, seed {seed}", flush=True)
-        options = ["-q", "-x", "--no-header", "-W", "ignore", "-k", arguments.only]
+        options = ["-q", "-x", "-m", "", "--no-header", "-W", "ignore"]
+        options += ["-k", arguments.only]
         path = str(TESTS / "test_properties.py")
         code = pytest.main([path, *options, f"--hypothesis-seed={seed}"])
         rounds += 1
