@@ -45,7 +45,11 @@ def modules():
 
 def imported(path):
     """Names of the modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    return imported_in(ast.parse(path.read_text()))
+
+
+def imported_in(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -87,6 +91,22 @@ def test_the_forward_and_the_backward_loop_do_not_know_each_other():
         assert not any(other in name.split(".") for name in names)
 
 
+def test_the_package_imports_the_export_only_when_it_is_asked_for():
+    """All modules of `recalibrate` and the layers are below the export."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    assert "keras_bnrnn.export" in imported_in(tree)
+    for node in ast.walk(tree):
+        lazy = isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
+        if lazy:
+            node.body = []
+    names = set(imported_in(tree))
+    assert "keras_bnrnn.layers" in names
+    assert not names & {"keras_bnrnn.export", "keras_bnrnn.local_server"}
+
+
+@pytest.mark.slow
 def test_importing_the_package_loads_neither_the_export_nor_the_server():
     code = "import keras_bnrnn, sys; print(*sys.modules)"
     command = [sys.executable, "-c", code]

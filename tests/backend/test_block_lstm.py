@@ -11,6 +11,23 @@ from keras_bnrnn.backend import block_lstm
 BATCH, WIDTH, UNITS = 3, 4, 5
 
 
+# Each two of the three at least once.
+@pytest.mark.slow(
+    but=[
+        "length=1-1-sequences=0",
+        "length=1-2-sequences=1",
+        "length=1-8-sequences=2",
+        "length=3-1-sequences=1",
+        "length=3-2-sequences=2",
+        "length=3-8-sequences=0",
+        "length=100-1-sequences=2",
+        "length=100-2-sequences=0",
+        "length=100-8-sequences=1",
+        "length=None-1-sequences=0",
+        "length=None-2-sequences=1",
+        "length=None-8-sequences=2",
+    ]
+)
 @pytest.mark.parametrize("sequences", [0, 1, 2], ids="sequences={}".format)
 @pytest.mark.parametrize("timesteps", [1, 2, 8])
 @pytest.mark.parametrize("length", [1, 3, 100, None], ids="length={}".format)

@@ -350,6 +350,7 @@ def test_time_distributed(kind, rng):
     check_learns(model, (x, x[:, :, -1, :1]), epochs=8, run_eagerly=True)
 
 
+@pytest.mark.slow
 def test_cells_in_rnn_and_stacked_cells_fit(rng):
     cells = [
         keras_bnrnn.BNSimpleRNNCell(4),
@@ -445,6 +446,7 @@ def test_go_backwards(kind, rng):
             assert gap(outputs, expected) <= 1e-6
 
 
+@pytest.mark.slow(but=["gru"])
 @EACH
 def test_unroll_equals_the_loop(kind, rng):
     x, mask = frames(rng), random_mask(rng, B, T)
@@ -532,7 +534,7 @@ def test_the_recurrent_dropout_mask_is_constant_over_time(kind, arguments, rng):
 # Weights and saving
 
 
-@pytest.mark.slow(but=["gru"])
+@pytest.mark.slow(but=["simple_rnn"])
 @EACH
 def test_saved_and_cloned_models_go_on_the_same(kind, rng, tmp_path):
     def loaded_weights(model):
@@ -650,6 +652,7 @@ def test_unit_forget_bias():
     np.testing.assert_array_equal(without.input_norm.beta, 0 * expected)
 
 
+@pytest.mark.slow(but=["gru"])
 @EACH
 def test_use_bias_false(kind, rng):
     layer = make(kind, rng, use_bias=False)
@@ -666,7 +669,7 @@ def test_use_bias_false(kind, rng):
 # XLA
 
 
-@pytest.mark.slow(but=["joint-simple_rnn"])
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize(
     "variant",
@@ -886,9 +889,9 @@ def test_joint_with_sequence_statistics_names_what_is_wrong(rng):
 
 
 def test_docstring_examples(monkeypatch):
-    # XLA would take longer to compile the models of the examples than these run.
-    in_graph = functools.partialmethod(keras.Model.compile, jit_compile=False)
-    monkeypatch.setattr(keras.Model, "compile", in_graph)
+    # Tracing and compiling the models of the examples takes longer than they run.
+    eager = functools.partialmethod(keras.Model.compile, run_eagerly=True)
+    monkeypatch.setattr(keras.Model, "compile", eager)
     names = ["keras_bnrnn"]
     for module in pkgutil.walk_packages(keras_bnrnn.__path__, "keras_bnrnn."):
         if not re.match(r"keras_bnrnn\.(serving|export|cli)\b", module.name):
@@ -907,6 +910,7 @@ def test_docstring_examples(monkeypatch):
     assert with_examples >= of_layers | {"SequenceBatchNorm", "fold", "recalibrate"}
 
 
+@pytest.mark.slow(but=["False-simple_rnn", "False-gru", "True-lstm"])
 @EACH
 @pytest.mark.parametrize("graph", [False, True])
 def test_gradients_of_a_stateful_layer_are_those_of_its_states(kind, graph, rng):

@@ -305,6 +305,7 @@ def test_masked_frames_are_not_there_in_training(kind, arguments, normalization,
     check_that_masked_frames_are_not_there(layer, rng, training=True)
 
 
+@pytest.mark.slow(but=["lstm"])
 @each_kind
 def test_masked_frames_are_not_there_backwards(kind, rng):
     layer = bn_layer(kind, rng, go_backwards=True)
@@ -770,7 +771,7 @@ def test_cell_in_rnn_trains_on_each_timestep(kind, arguments, normalize, rng, fl
     assert_close([norm.moving_mean, norm.moving_variance], moments, 1e-12)
 
 
-@pytest.mark.slow(but=["True-True-simple_rnn", "True-False-gru", "False-False-lstm"])
+@pytest.mark.slow(but=["False-True-simple_rnn", "True-False-gru", "False-False-lstm"])
 @each_kind
 @pytest.mark.parametrize("in_graph", [True, False])
 @pytest.mark.parametrize("unroll", [True, False])

@@ -101,6 +101,7 @@ def test_it_equals_numpy(normalize, rng):
     assert gap(state, last) <= 1e-12
 
 
+@pytest.mark.slow(but=["input-sequence", "input-frame", "joint-frame"])
 @pytest.mark.parametrize("statistics", ["sequence", "frame"])
 def test_its_gradients_equal_finite_differences(normalize, statistics, rng):
     layer = MGU(U, normalize=normalize, statistics=statistics, dtype="float64")
@@ -136,7 +137,7 @@ def model_of(normalize):
     )
 
 
-@pytest.mark.slow(but=["joint"])
+@pytest.mark.slow
 def test_it_trains_recalibrates_saves_exports_and_streams(normalize, rng, tmp_path):
     x = rng.normal(2.0, 1.5, size=(40, T, D)).astype("float32")
     y = x[:, :, 0].mean(1, keepdims=True)
