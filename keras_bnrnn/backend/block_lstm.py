@@ -1,18 +1,32 @@
 """Runs an LSTM by TensorFlow's operations for CPUs, for `recurrence.block`.
 
-`BlockLSTMV2` runs all timesteps of the forward loop in one operation. Its gradient,
-`BlockLSTMGradV2`, projects and sums weight gradients in each timestep, which is best
-for few rows and units. The other gradient here has the product with the recurrent
-kernel and `LSTMBlockCellGrad` in its loop. It computes the other products for blocks of
-timesteps, while their gradients are in the cache, so no tensor (T, B, 4U) is stacked.
+`BlockLSTMV2` runs a block of timesteps of the forward loop in one operation. Its
+gradient, `BlockLSTMGradV2`, projects and sums weight gradients in each timestep, which
+is best for few rows and units. The other gradient here has the product with the
+recurrent kernel and `LSTMBlockCellGrad` in its loop. It computes the other products for
+blocks of timesteps, while their gradients are in the cache, so no tensor (T, B, 4U) is
+stacked.
+
+The forward loop keeps lists of the tensors of its blocks. The backward loop removes the
+tensors of a block as it reads them, so their memory holds the gradients of the gates.
 """
 
 import tensorflow as tf
 
-from keras_bnrnn.backend.loops import added, blocks_back
+from keras_bnrnn.backend.loops import blocks_back, concatenated, ends, turns_back
 
 
-def forward(frames, states, kernel, recurrent_kernel, bias, turns=None):
+def forward(
+    frames,
+    states,
+    kernel,
+    recurrent_kernel,
+    bias,
+    stacks,
+    length,
+    is_small,
+    turns=None,
+):
     """Runs the forward loop.
 
     Args:
@@ -21,28 +35,70 @@ def forward(frames, states, kernel, recurrent_kernel, bias, turns=None):
         kernel: Tensor (D, 4U), gate order i, f, c, o.
         recurrent_kernel: Tensor (U, 4U).
         bias: Tensor (4U,), or `None`.
+        stacks: The number of states that are stacked over time, 0 to 2.
+        length: The number of timesteps of a block, an int or a tensor.
+        is_small: Whether `backward` runs `BlockLSTMGradV2`, a boolean or a tensor. All
+            timesteps are then one block.
         turns: As in `scan`.
 
     Returns:
-        `(sequences, kept)`: h and c after each step, (T, B, U), and a list of tensors
-        for `backward`.
+        `(sequences, last, kept)`: the list of stacked states (T, B, U), the list of
+        last states (B, U), and a list of tensors for `backward`.
     """
-    (h, c), units = states, recurrent_kernel.shape[0]
+    units, dtype = recurrent_kernel.shape[0], frames.dtype
+    timesteps, rows = tf.shape(frames)[0], tf.shape(frames)[1]
+    weights = tf.concat([kernel, recurrent_kernel], axis=0)
     if bias is None:
-        bias = tf.zeros([4 * units], frames.dtype)
-    no_peephole = _no_peephole(units, frames.dtype)
-    block = tf.raw_ops.BlockLSTMV2(
-        seq_len_max=tf.cast(tf.shape(frames)[0] if turns is None else turns, tf.int64),
-        x=frames,
-        cs_prev=c,
-        h_prev=h,
-        w=tf.concat([kernel, recurrent_kernel], axis=0),
-        b=bias,
-        cell_clip=0.0,
-        **no_peephole,
+        bias = tf.zeros([4 * units], dtype)
+    no_peephole = _no_peephole(units, dtype)
+
+    def run_block(start, end, h, c, lists):
+        block = tf.raw_ops.BlockLSTMV2(
+            seq_len_max=_turns(end - start, turns),
+            x=frames[start:end],
+            cs_prev=c,
+            h_prev=h,
+            w=weights,
+            b=bias,
+            cell_clip=0.0,
+            **no_peephole,
+        )
+        values = [block.i, block.f, block.o, block.ci, block.cs, block.h]
+        if is_small is not False:
+            values.append(block.co)
+        lists = tuple(
+            tf.raw_ops.TensorListPushBack(input_handle=handle, tensor=tensor)
+            for handle, tensor in zip(lists, [*values, c, h], strict=True)
+        )
+        return block.h[-1], block.cs[-1], lists
+
+    batch = states[0].shape[0]
+    sequence, state = (None, batch, units), (batch, units)
+    lists = tuple(
+        tf.raw_ops.EmptyTensorList(
+            element_shape=[-1 if size is None else size for size in shape],
+            max_num_elements=-1,
+            element_dtype=dtype,
+        )
+        for shape in [sequence] * (6 if is_small is False else 7) + [state] * 2
     )
-    kept = [block.i, block.f, block.o, block.ci, block.co]
-    return [block.h, block.cs], kept
+    if is_small is True:
+        h, c, lists = run_block(0, timesteps, *states, lists)
+    else:
+        length = tf.where(is_small, timesteps, length)
+        _, (h, c, lists) = tf.while_loop(
+            lambda k, _: k * length < timesteps,
+            lambda k, values: (k + 1, run_block(*ends(k, length, timesteps), *values)),
+            (tf.constant(0), (*states, lists)),
+        )
+    handles = [lists[5], lists[4]][:stacks]
+    sequences = [
+        tf.ensure_shape(
+            concatenated(handle, rows, units, dtype), (frames.shape[0], batch, units)
+        )
+        for handle in handles
+    ]
+    return sequences, [h, c], list(lists)
 
 
 def backward(
@@ -51,22 +107,20 @@ def backward(
     kernel,
     recurrent_kernel,
     kept,
-    sequences,
     d_sequences,
     d_last,
-    turns,
     length,
     is_small,
+    turns=None,
 ):
     """Computes the gradients of `forward`.
 
     Args:
         frames, states, kernel, recurrent_kernel, turns: As in `forward`.
-        kept, sequences: What `forward` returned.
+        kept: What `forward` returned.
         d_sequences: List of the gradients of the first sequences.
         d_last: List of the gradients of the last states.
-        length: The number of timesteps of a block, an int or a tensor.
-        is_small: Whether to run `BlockLSTMGradV2`, a boolean or a tensor.
+        length, is_small: What `forward` got.
 
     Returns:
         The gradients of frames, h, c, kernel, recurrent kernel and bias.
@@ -77,7 +131,6 @@ def backward(
         kernel,
         recurrent_kernel,
         kept,
-        sequences,
         d_sequences,
         d_last,
         turns,
@@ -94,21 +147,14 @@ def backward(
 
 
 def _in_one_operation(
-    frames,
-    states,
-    kernel,
-    recurrent_kernel,
-    kept,
-    sequences,
-    d_sequences,
-    d_last,
-    turns,
+    frames, states, kernel, recurrent_kernel, kept, d_sequences, d_last, turns
 ):
     """Does what `backward` does, by `BlockLSTMGradV2`."""
-    (first_h, first_c), (h, c) = states, sequences
     width, units = frames.shape[-1], recurrent_kernel.shape[0]
-    timesteps = tf.shape(frames)[0]
     no_peephole = _no_peephole(units, frames.dtype)
+    _, (gate_i, gate_f, gate_o, candidate, c, h, tanh_c, *_) = _popped(
+        kept, states[0], frames
+    )
 
     def at_each_timestep(k):
         """Returns the gradient of a state at all timesteps, the last one included."""
@@ -116,12 +162,11 @@ def _in_one_operation(
         last = tf.concat([zeros, d_last[k][None]], axis=0)
         return last + d_sequences[k] if len(d_sequences) > k else last
 
-    gate_i, gate_f, gate_o, candidate, tanh_c = kept
     gradient = tf.raw_ops.BlockLSTMGradV2(
-        seq_len_max=tf.cast(timesteps if turns is None else turns, tf.int64),
+        seq_len_max=_turns(tf.shape(frames)[0], turns),
         x=frames,
-        cs_prev=first_c,
-        h_prev=first_h,
+        cs_prev=states[1],
+        h_prev=states[0],
         w=tf.concat([kernel, recurrent_kernel], axis=0),
         b=tf.zeros([4 * units], frames.dtype),
         i=gate_i,
@@ -146,22 +191,12 @@ def _in_one_operation(
 
 
 def _in_a_loop(
-    frames,
-    states,
-    kernel,
-    recurrent_kernel,
-    kept,
-    sequences,
-    d_sequences,
-    d_last,
-    turns,
-    length,
+    frames, states, kernel, recurrent_kernel, kept, d_sequences, d_last, turns, length
 ):
     """Does what `backward` does, in blocks of `length` timesteps."""
     dtype, width = frames.dtype, frames.shape[-1]
     units = recurrent_kernel.shape[0]
     timesteps, rows = tf.shape(frames)[0], tf.shape(frames)[1]
-    (first_h, first_c), (h, c) = states, sequences
     # The gradient of `LSTMBlockCellGrad` has the order i, c, f, o.
     transposed = tf.transpose(_swapped(recurrent_kernel))
     transposed_kernel = tf.transpose(_swapped(kernel))
@@ -171,11 +206,11 @@ def _in_a_loop(
     no_kernel = tf.zeros([1 + units, 4 * units], dtype)
     no_bias = tf.zeros([4 * units], dtype)
 
-    def step_back(t, c_before, dh, dc):
-        """Returns the gradients of the gates, and of h and c before the step."""
+    def step_back(t, values, c_before, dh, dc):
+        """Returns the gradients of h and c before the step, and those of the gates."""
         h_gradient = dh + d_sequences[0][t] if d_sequences else dh
         c_gradient = dc + d_sequences[1][t] if len(d_sequences) > 1 else dc
-        gate_i, gate_f, gate_o, candidate, tanh_c = (value[t] for value in kept)
+        gate_i, gate_f, gate_o, candidate, c = values
         step = tf.raw_ops.LSTMBlockCellGrad(
             x=no_input,
             cs_prev=c_before,
@@ -187,56 +222,99 @@ def _in_a_loop(
             f=gate_f,
             o=gate_o,
             ci=candidate,
-            co=tanh_c,
+            co=tf.tanh(c),
             cs_grad=c_gradient,
             h_grad=h_gradient,
             **no_peephole,
         )
         through = tf.matmul(step.dicfo, transposed)
-        return step.dicfo, through, step.cs_prev_grad
+        return [through, step.cs_prev_grad], [step.dicfo]
 
-    def of_weights(frames, h_before, d_gates):
-        """Returns the gradients of kernel, recurrent kernel and bias by some rows."""
-        return [
-            tf.matmul(frames, d_gates, transpose_a=True),
-            tf.matmul(h_before, d_gates, transpose_a=True),
-            tf.reduce_sum(d_gates, axis=0),
-        ]
+    def run_block(start, end, carry):
+        (*carry, lists) = carry[0], carry[1], carry[2:]
+        lists, tensors = _popped(lists, states[0], frames[start:end])
+        values, c, h = tensors[:5], tensors[4], tensors[5]
+        first_c, first_h = tensors[-2:]
 
-    def body(t, carry):
-        d_gates, *carry = step_back(t, c[t - 1], *carry)
-        return carry, [d_gates]
+        def body(t, carry):
+            return step_back(
+                t, [v[t - start] for v in values], c[t - start - 1], *carry
+            )
 
-    def of_block(carry, stacks, start, end):
+        def first_step(t, carry):
+            return step_back(t, [v[0] for v in values], first_c, *carry)
+
+        carry, (d_gates,) = turns_back(
+            body,
+            carry,
+            [((states[0].shape[0], 4 * units), dtype)],
+            start,
+            end,
+            last=first_step,
+        )
         # Slices of timesteps are no copies.
-        d_gates, before = _flat(stacks[0]), h[start - 1 : end - 1]
-        return of_weights(_flat(frames[start:end]), _flat(before), d_gates)
+        of_recurrent = tf.matmul(_flat(h[:-1]), _flat(d_gates[1:]), transpose_a=True)
+        of_first = tf.matmul(first_h, d_gates[0], transpose_a=True)
+        flat = _flat(d_gates)
+        terms = [
+            tf.matmul(_flat(frames[start:end]), flat, transpose_a=True),
+            of_recurrent + of_first,
+            tf.reduce_sum(flat, axis=0),
+        ]
+        return [*carry, *lists], d_gates, terms
 
     def finish(d_gates):
         product = tf.matmul(_flat(d_gates), transposed_kernel)
         return tf.reshape(product, [tf.shape(d_gates)[0], rows, width])
 
-    (dh, dc), d_frames, sums = blocks_back(
-        body,
-        d_last,
-        [((states[0].shape[0], 4 * units), dtype)],
+    (dh, dc, *_), d_frames, sums = blocks_back(
+        run_block,
+        [*d_last, *kept],
+        ((states[0].shape[0], 4 * units), dtype),
         timesteps,
         length,
         [
             tf.zeros(shape, dtype)
             for shape in ([width, 4 * units], [units, 4 * units], [4 * units])
         ],
-        of_block,
         finish,
         width,
         turns,
-        # Timestep 0 follows the loop: it alone reads the states before the sequence.
-        start=1,
     )
-    d_gates, dh, dc = step_back(0, first_c, dh, dc)
-    sums = added(sums, of_weights(frames[0], first_h, d_gates))
-    d_frames = tf.concat([finish(d_gates[None]), d_frames], axis=0)
     return [tf.reshape(d_frames, tf.shape(frames)), dh, dc, *map(_swapped, sums)]
+
+
+def _turns(timesteps, turns):
+    """Returns the number of timesteps that an operation runs: all, or none."""
+    if turns is not None:
+        timesteps = tf.where(tf.equal(turns, 0), 0, timesteps)
+    return tf.cast(timesteps, tf.int64)
+
+
+def _popped(lists, state, frames):
+    """Removes the last tensor of each list that `forward` kept.
+
+    Args:
+        lists: The lists, some of them of tensors (n, B, U), the last two of (B, U).
+        state: A tensor (B, U).
+        frames: The frames (n, B, D) of the block.
+
+    Returns:
+        The list of the lists, and the list of the tensors.
+    """
+    one = tf.shape(state)
+    shapes = [tf.concat([tf.shape(frames)[:1], one], axis=0)] * (len(lists) - 2)
+    popped = [
+        tf.raw_ops.TensorListPopBack(
+            input_handle=handle, element_shape=shape, element_dtype=state.dtype
+        )
+        for handle, shape in zip(lists, [*shapes, one, one], strict=True)
+    ]
+    tensors = [element.tensor for element in popped]
+    for k, tensor in enumerate(tensors):
+        known = state.shape if k >= len(shapes) else (None, *state.shape)
+        tensors[k] = tf.ensure_shape(tensor, known)
+    return [element.output_handle for element in popped], tensors
 
 
 def _no_peephole(units, dtype):

@@ -8,6 +8,11 @@ import tensorflow as tf
 
 from keras_bnrnn.backend.context import compiled_by_xla, in_plain_graph
 
+# The number of blocks that `scan_blocks` runs at the same time. No block needs the sums
+# of another one. If TensorFlow may run 10 blocks, as by default, many sums wait, and
+# what they read is kept: three GRU layers then need 1.5 times the memory.
+BLOCKS_AT_ONCE = 2
+
 
 def run_turns(turn, start, end, values, step=1, length=1):
     """Calls a function for the timesteps from `start` to before `end`, in a graph.
@@ -175,7 +180,7 @@ def scan(
     else:
 
         def run_block(k, carry, arrays):
-            start, end = _ends(k, block, length)
+            start, end = ends(k, block, length)
             prepared = prepare(sequences[0][start:end])
 
             def elements_of_block(i):
@@ -317,18 +322,30 @@ def scan_blocks(
         return last, finish(stacks[0]), sums
 
     readers = [_reader(sequence, length, False) for sequence in sequences]
+
+    def run_block(start, end, carry):
+        first = list(carry)
+        carry, stacks = turns_back(
+            lambda t, carry: body(carry, [read(t) for read in readers]),
+            carry,
+            specs,
+            start,
+            end,
+            turn_length,
+        )
+        return carry, stacks[0], of_block(first, stacks, start, end)
+
     carry, finished, sums = blocks_back(
-        lambda t, carry: body(carry, [read(t) for read in readers]),
+        run_block,
         carry,
-        specs,
+        specs[0],
         length,
         block,
         sums,
-        of_block,
         finish,
         width,
         turns,
-        turn_length=turn_length,
+        BLOCKS_AT_ONCE,
     )
     known = length if isinstance(length, int) else None
     if turns is not None:
@@ -336,65 +353,90 @@ def scan_blocks(
     return carry, tf.ensure_shape(finished, (known, *finished.shape[1:])), sums
 
 
-def blocks_back(
-    body,
-    carry,
-    specs,
-    length,
-    block,
-    sums,
-    of_block,
-    finish,
-    width,
-    turns=None,
-    start=0,
-    turn_length=1,
-):
-    """Does what `scan_blocks` does, in a plain graph, down to a timestep `start`.
+def turns_back(body, carry, specs, start, end, turn_length=1, last=None):
+    """Runs a loop from the timestep before `end` to `start`, in a plain graph.
 
     Args:
         body: Function `(t, carry)` that returns the next carry and the list of the
             tensors to stack.
-        carry, specs, length, block, sums, of_block, finish, width, turns: As for
-            `scan_blocks`.
-        start: An int. Block k starts at `start + k * block`. Default: 0.
+        carry: List of tensors, the first carry.
+        specs: Shape and dtype of each tensor to stack.
+        start, end: Ints or int32 scalar tensors.
         turn_length: As for `scan`.
+        last: Function as `body` that runs the timestep `start` after the loop. `None`
+            (default): `body` runs it.
 
     Returns:
-        As `scan_blocks`: of finished timesteps there are none before `start`, and none
-        at all if there is no turn.
+        The last carry, and the list of the stacks (end - start, ...).
     """
-    blocks = _number_of_blocks(length - start, block, turns)
-    shapes = [tf.TensorShape(shape) for shape, _ in specs]
+    arrays = tuple(
+        tf.TensorArray(dtype, size=end - start, element_shape=tf.TensorShape(shape))
+        for shape, dtype in specs
+    )
 
-    def run_block(k, carry, sums, array):
-        first, end = _ends(k, block, length, start)
-        lists = tuple(
-            tf.TensorArray(dtype, size=end - first, element_shape=shape)
-            for shape, (_, dtype) in zip(shapes, specs, strict=True)
+    def turn(t, values, body=body):
+        carry, arrays = values
+        carry, kept = body(t, list(carry))
+        arrays = tuple(
+            array.write(t - start, tensor)
+            for array, tensor in zip(arrays, kept, strict=True)
         )
+        return tuple(carry), arrays
 
-        def turn(t, values):
-            carry, lists = values
-            carry, kept = body(t, list(carry))
-            lists = tuple(
-                one.write(t - first, tensor)
-                for one, tensor in zip(lists, kept, strict=True)
-            )
-            return tuple(carry), lists
+    values, stop = (tuple(carry), arrays), start - 1
+    values = run_turns(
+        turn,
+        end - 1,
+        stop if last is None else stop + 1,
+        values,
+        step=-1,
+        length=turn_length,
+    )
+    if last is not None:
+        values = turn(start, values, last)
+    carry, arrays = values
+    return list(carry), [array.stack() for array in arrays]
 
-        values = tuple(carry), lists
-        after, lists = run_turns(
-            turn, end - 1, first - 1, values, step=-1, length=turn_length
-        )
-        stacks = [one.stack() for one in lists]
-        sums = added(sums, of_block(list(carry), stacks, first, end))
-        return k - 1, after, tuple(sums), array.write(k, stacks[0])
+
+def blocks_back(
+    run_block,
+    carry,
+    spec,
+    length,
+    block,
+    sums,
+    finish,
+    width,
+    turns=None,
+    at_once=10,
+):
+    """Runs blocks of timesteps from the last to the first, in a plain graph.
+
+    Args:
+        run_block: Function `(start, end, carry)` that runs the timesteps from the one
+            before `end` to `start`. It returns the next carry, a stack (end - start,
+            ...), and the list of what the block adds to the sums.
+        carry: List of tensors, the first carry. The first one has B rows.
+        spec: Shape and dtype of a timestep of the stack.
+        length, block, sums, width, turns: As for `scan_blocks`.
+        finish: As for `scan_blocks`, of the stack of a block.
+        at_once: The number of blocks that may run at the same time. Default: 10.
+
+    Returns:
+        As `scan_blocks`. There are no finished timesteps if there is no turn.
+    """
+    blocks = _number_of_blocks(length, block, turns)
+    shape, dtype = tf.TensorShape(spec[0]), spec[1]
+
+    def run(k, carry, sums, array):
+        start, end = ends(k, block, length)
+        carry, stack, terms = run_block(start, end, list(carry))
+        return k - 1, tuple(carry), tuple(added(sums, terms)), array.write(k, stack)
 
     def array_of(shape):
         # The last block may be shorter.
         return tf.TensorArray(
-            specs[0][1],
+            dtype,
             size=blocks,
             element_shape=tf.TensorShape([None, *shape]),
             infer_shape=False,
@@ -402,24 +444,36 @@ def blocks_back(
 
     _, carry, sums, array = tf.while_loop(
         lambda k, *_: k >= 0,
-        run_block,
-        (blocks - 1, tuple(carry), tuple(sums), array_of(shapes[0])),
+        run,
+        (blocks - 1, tuple(carry), tuple(sums), array_of(shape)),
+        parallel_iterations=at_once,
     )
-    rows, shape = tf.shape(carry[0])[0], (shapes[0][0], width)
+    rows, shape = tf.shape(carry[0])[0], (shape[0], width)
     # TensorFlow removes this loop if nothing needs what it computes.
     _, finished = tf.while_loop(
         lambda k, *_: k < blocks,
         lambda k, finished: (k + 1, finished.write(k, finish(array.read(k)))),
         (tf.constant(0), array_of(shape)),
     )
-    finished = tf.raw_ops.TensorListConcatV2(
-        input_handle=finished.flow,
-        # In full: there is no turn, and no shape to read, without rows.
+    finished = concatenated(finished.flow, rows, width, dtype)
+    return list(carry), tf.ensure_shape(finished, (None, *shape)), list(sums)
+
+
+def concatenated(handle, rows, width, dtype):
+    """Concatenates the tensors (n, B, F) of a list over n.
+
+    Args:
+        handle: Variant tensor, a list of TensorFlow.
+        rows: B. In full: there is no shape to read in an empty list.
+        width: F.
+        dtype: Of the tensors.
+    """
+    return tf.raw_ops.TensorListConcatV2(
+        input_handle=handle,
         element_shape=tf.stack([-1, rows, width]),
         leading_dims=tf.zeros([0], tf.int64),
-        element_dtype=specs[0][1],
+        element_dtype=dtype,
     ).tensor
-    return list(carry), tf.ensure_shape(finished, (None, *shape)), list(sums)
 
 
 def _number_of_blocks(length, block, turns):
@@ -428,10 +482,10 @@ def _number_of_blocks(length, block, turns):
     return blocks if turns is None else tf.where(tf.equal(turns, 0), 0, blocks)
 
 
-def _ends(k, block, length, start=0):
+def ends(k, block, length):
     """Returns the first timestep of block k, and the one after its last."""
-    first = start + k * block
-    return first, tf.minimum(first + block, length)
+    start = k * block
+    return start, tf.minimum(start + block, length)
 
 
 def added(sums, terms):

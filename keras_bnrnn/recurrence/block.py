@@ -41,14 +41,15 @@ def run(loop, frames, states, weights, stacks, wants_last):
         The list of stacked states (T, B, U) and the list of last states (B, U).
     """
     has_bias = weights.bias is not None
+    rows = ops.shape(frames)[1]
+    is_small = runs_in_one_operation(
+        rows, loop.alone, weights.kernel, weights.recurrent_kernel
+    )
+    blocks = timesteps_of_block(rows), is_small, loop.turns
 
     def named(arguments):
         frames, h, c, kernel, recurrent_kernel, *bias = arguments
         return frames, [h, c], kernel, recurrent_kernel, bias[0] if bias else None
-
-    def results(sequences):
-        last = [sequence[-1] for sequence in sequences] if wants_last else []
-        return [*sequences[:stacks], *last]
 
     def plain(*arguments):
         """Runs the loop so that the backend can differentiate it repeatedly."""
@@ -61,12 +62,13 @@ def run(loop, frames, states, weights, stacks, wants_last):
         return [*sequences, *(last if wants_last else [])]
 
     def keep_all(*arguments):
-        sequences, kept = backend.block_forward(*named(arguments), loop.turns)
-        return results(sequences), [*sequences, *kept]
+        sequences, last, kept = backend.block_forward(
+            *named(arguments), stacks, *blocks
+        )
+        return [*sequences, *(last if wants_last else [])], kept
 
     def gradient(arguments, kept, upstream):
         frames, states, kernel, recurrent_kernel, _ = named(arguments)
-        rows = ops.shape(frames)[1]
         d_last = list(upstream[stacks:])
         if not wants_last:
             d_last = [ops.zeros_like(state) for state in states]
@@ -75,13 +77,10 @@ def run(loop, frames, states, weights, stacks, wants_last):
             states,
             kernel,
             recurrent_kernel,
-            kept[2:],
-            kept[:2],
+            list(kept),
             list(upstream[:stacks]),
             d_last,
-            loop.turns,
-            timesteps_of_block(rows),
-            runs_in_one_operation(rows, loop.alone, kernel, recurrent_kernel),
+            *blocks,
         )
         return gradients if has_bias else gradients[:-1]
 

@@ -1,4 +1,4 @@
-"""The gradients of TensorFlow's LSTM operations, by blocks, against stock Keras."""
+"""TensorFlow's LSTM operations, by blocks, against stock Keras."""
 
 import keras
 import numpy as np
@@ -31,10 +31,12 @@ BATCH, WIDTH, UNITS = 3, 4, 5
 @pytest.mark.parametrize("sequences", [0, 1, 2], ids="sequences={}".format)
 @pytest.mark.parametrize("timesteps", [1, 2, 8])
 @pytest.mark.parametrize("length", [1, 3, 100, None], ids="length={}".format)
-def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
+def test_states_and_gradients_are_those_of_keras(length, timesteps, sequences, rng):
     """Blocks of one and of three timesteps, the last one shorter, and a single block.
 
-    Without a length the gradient is one operation.
+    Without a length the gradient is one operation. The choice of it is known before the
+    graph runs, or not. The gradients are taken twice, as from a persistent tape: the
+    backward loop empties lists of the forward loop.
     The loss weighs the outputs, the cell states and both last states at random.
     """
 
@@ -52,7 +54,7 @@ def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
     cell.build((BATCH, WIDTH))
     with tf.GradientTape() as tape:
         tape.watch(arguments)
-        states, loss = [h, c], 0.0
+        states, all_states, loss = [h, c], [], 0.0
         for t in range(timesteps):
             (_, states), _ = cell.stateless_call(
                 [kernel, recurrent_kernel, bias],
@@ -60,6 +62,7 @@ def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
                 frames[t],
                 states,
             )
+            all_states.append(states)
             for state, d in zip(states, d_sequences, strict=False):
                 loss += tf.reduce_sum(state * d[t])
         for state, d in zip(states, d_last, strict=True):
@@ -67,31 +70,34 @@ def test_gradients_are_those_of_keras(length, timesteps, sequences, rng):
     expected = tape.gradient(loss, arguments)
 
     @tf.function
-    def found(frames, states, kernel, recurrent_kernel, bias, d_sequences, d_last):
-        stacked, kept = block_lstm.forward(
-            frames, states, kernel, recurrent_kernel, bias
+    def run(arguments, d_sequences, d_last, small):
+        frames, h, c, kernel, recurrent_kernel, bias = arguments
+        weights = kernel, recurrent_kernel
+        blocks = length or 2, length is None if small is None else small
+        stacked, last, kept = block_lstm.forward(
+            frames, [h, c], *weights, bias, sequences, *blocks
         )
-        return block_lstm.backward(
-            frames,
-            states,
-            kernel,
-            recurrent_kernel,
-            kept,
-            stacked,
-            d_sequences,
-            d_last,
-            None,
-            length,
-            length is None,
-        )
+        gradients = [
+            block_lstm.backward(
+                frames, [h, c], *weights, kept, d_sequences, d_last, *blocks
+            )
+            for _ in range(2)
+        ]
+        return stacked, last, gradients
 
-    gradients = found(
-        frames, [h, c], kernel, recurrent_kernel, bias, d_sequences, d_last
-    )
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        wanted = np.asarray(wanted)
-        bound = 1e-5 * np.abs(wanted).max()  # float32, sums of at most 24 rows
-        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=bound)
+    for small in (None, tf.constant(length is None)):
+        stacked, last, gradients = run(arguments, d_sequences, d_last, small)
+        assert len(stacked) == sequences
+        for k, found in enumerate([*stacked, *last]):
+            k, of_all = (k, True) if k < sequences else (k - sequences, False)
+            wanted = [state[k] for state in all_states]
+            wanted = np.stack(wanted) if of_all else wanted[-1]
+            assert gap(found, wanted) <= 1e-6  # float32, states of at most 4
+        for found, again, wanted in zip(*gradients, expected, strict=True):
+            wanted = np.asarray(wanted)
+            bound = 1e-5 * np.abs(wanted).max()  # float32, sums of at most 24 rows
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+            np.testing.assert_array_equal(found, again)
 
 
 @pytest.mark.parametrize("timesteps, length", [(1, 3), (5, 3), (1, None), (5, None)])
@@ -102,11 +108,11 @@ def test_a_slice_without_rows_has_no_turns(timesteps, length, rng):
 
     def results(frames, h, c, d_h, turns):
         arguments = frames, [h, c], kernel, recurrent_kernel
-        stacked, kept = block_lstm.forward(*arguments, None, turns)
+        blocks = length or 1, length is None, turns
+        stacked, last, kept = block_lstm.forward(*arguments, None, 2, *blocks)
         d_last = [tf.zeros_like(h), tf.zeros_like(c)]
-        return stacked, block_lstm.backward(
-            *arguments, kept, stacked, [d_h], d_last, turns, length, length is None
-        )
+        gradients = block_lstm.backward(*arguments, kept, [d_h], d_last, *blocks)
+        return stacked, last, gradients
 
     states = tf.TensorSpec((None, UNITS))
     counted = tf.function(
@@ -125,7 +131,9 @@ def test_a_slice_without_rows_has_no_turns(timesteps, length, rng):
         shapes.append((timesteps, rows, UNITS))
         tensors = [tf.constant(rng.normal(size=s), "float32") for s in shapes]
         found = tf.nest.flatten(counted(*tensors, timesteps if rows else 0))
-        assert [f.shape for f in found[2:5]] == shapes[:3]
+        assert [f.shape for f in found[:2]] == [(timesteps, rows, UNITS)] * 2
+        assert [f.shape for f in found[2:4]] == shapes[1:3]
+        assert [f.shape for f in found[4:7]] == shapes[:3]
         if rows == 0:
             assert all(gap(gradient, 0.0) == 0.0 for gradient in found)
             continue
