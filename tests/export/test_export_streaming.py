@@ -291,6 +291,43 @@ def test_masks_by_value_in_a_stream(rng, tmp_path):
         assert gap(answer["b"], expected[:, t]) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "sequences, zero",
+    [(True, False), (True, True), (False, False)],
+    ids=["sequences-repeats", "sequences-zeros", "last-repeats"],
+)
+@pytest.mark.slow(but=["sequences-repeats"])
+def test_masked_frames_of_a_last_layer_that_is_not_folded(
+    sequences, zero, rng, tmp_path
+):
+    """Nothing above the layer reads a mask: the output of a masked frame is seen."""
+    layer = keras_bnrnn.BNLSTM(
+        3,
+        return_sequences=sequences,
+        name="a",
+        peephole=True,
+        zero_output_for_mask=zero,
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32", name="ids"),
+            layers.Embedding(9, 4, mask_zero=True),
+            layer,
+        ]
+    )
+    randomize_model(model, rng)
+    with pytest.warns(UserWarning, match="peephole"):
+        path = export_saved_model(model, tmp_path / "m", streaming=True, warmup=None)
+    _loaded, signatures = signatures_of(path)
+    ids = np.array([[0, 3, 0, 0, 5, 8], [7, 0, 2, 1, 0, 0]], "int32")
+    states = signatures["initial_state"](ids=tf.constant(ids))
+    for t in range(6):
+        answer = signatures["step"](ids=tf.constant(ids[:, t]), **states)
+        states = {name: answer[name] for name in states}
+        expected = model(ids)[:, t] if sequences else model(ids[:, : t + 1])
+        assert gap(answer["a"], expected) <= TOLERANCE
+
+
 def not_causal(kind):
     x = keras.Input((5 if kind == "fixed" else None, 4), name="x")
     y = keras_bnrnn.BNSimpleRNN(4, return_sequences=True, name="rnn")

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_bnrnn.export.saved_model.loops import has_served_loop, served_loop
+from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.traversal import copy_of, sublayers
 
 MASK_ARGUMENTS = {"mask", "query_mask", "value_mask", "key_mask"}
@@ -71,6 +72,8 @@ def _run_served_loop(layer, tracing, weights):
             )
         else:
             results = own_loop(sequences, initial_state, mask, training)
+            if continues and mask is not None and isinstance(layer, BNRNN):
+                results = _continued(layer, results, initial_state, mask)
         if lasts:
             states = keras.tree.flatten(results[2])
             shapes = [tuple(x.shape[1:]) for x in states]
@@ -79,6 +82,29 @@ def _run_served_loop(layer, tracing, weights):
         return results
 
     layer.inner_loop = inner_loop
+
+
+def _continued(layer, results, initial_state, mask):
+    """Replaces the outputs before the first valid frame, which are zeros.
+
+    In a stream they repeat the output of the last earlier frame.
+
+    Args:
+        layer: A `BNRNN`.
+        results: What its `inner_loop` returned.
+        initial_state: List of states after earlier frames, the output first.
+        mask: Boolean tensor (B, T).
+    """
+    last, outputs, states = results
+    if layer.zero_output_for_mask:
+        return results
+    before = initial_state[0]
+    began = tf.cumsum(tf.cast(mask, tf.int32), axis=1) > 0
+    last = tf.where(began[:, -1:], last, before)
+    if not layer.return_sequences:
+        began = began[:, -1:]
+    outputs = tf.where(began[..., None], outputs, before[:, None])
+    return last, outputs, states
 
 
 def _run_frames_at_once(time_distributed, tracing):
