@@ -9,6 +9,7 @@ stacked.
 
 The forward loop keeps lists of the tensors of its blocks. The backward loop removes the
 tensors of a block as it reads them, so their memory holds the gradients of the gates.
+It computes the tanh of the cell states again instead of keeping it.
 """
 
 import tensorflow as tf
