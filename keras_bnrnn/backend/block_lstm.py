@@ -9,7 +9,7 @@ stacked.
 
 The forward loop keeps lists of the tensors of its blocks. The backward loop removes the
 tensors of a block as it reads them, so their memory holds the gradients of the gates.
-It computes the tanh of the cell states again instead of keeping it.
+Where it is a loop, it computes the tanh of the cell states again.
 """
 
 import tensorflow as tf
@@ -52,6 +52,7 @@ def forward(
     if bias is None:
         bias = tf.zeros([4 * units], dtype)
     no_peephole = _no_peephole(units, dtype)
+    keeps_tanh = is_small is not False  # for `BlockLSTMGradV2`
 
     def run_block(start, end, h, c, lists):
         block = tf.raw_ops.BlockLSTMV2(
@@ -64,12 +65,21 @@ def forward(
             cell_clip=0.0,
             **no_peephole,
         )
-        values = [block.i, block.f, block.o, block.ci, block.cs, block.h]
-        if is_small is not False:
-            values.append(block.co)
+        tanh_c = [block.co] if keeps_tanh else []
+        tensors = [
+            block.i,
+            block.f,
+            block.o,
+            block.ci,
+            block.cs,
+            block.h,
+            *tanh_c,
+            c,
+            h,
+        ]
         lists = tuple(
             tf.raw_ops.TensorListPushBack(input_handle=handle, tensor=tensor)
-            for handle, tensor in zip(lists, [*values, c, h], strict=True)
+            for handle, tensor in zip(lists, tensors, strict=True)
         )
         return block.h[-1], block.cs[-1], lists
 
@@ -81,7 +91,7 @@ def forward(
             max_num_elements=-1,
             element_dtype=dtype,
         )
-        for shape in [sequence] * (6 if is_small is False else 7) + [state] * 2
+        for shape in [sequence] * (6 + keeps_tanh) + [state] * 2
     )
     if is_small is True:
         h, c, lists = run_block(0, timesteps, *states, lists)
@@ -92,12 +102,12 @@ def forward(
             lambda k, values: (k + 1, run_block(*ends(k, length, timesteps), *values)),
             (tf.constant(0), (*states, lists)),
         )
-    handles = [lists[5], lists[4]][:stacks]
+    list_of_c, list_of_h = lists[4:6]
     sequences = [
         tf.ensure_shape(
             concatenated(handle, rows, units, dtype), (frames.shape[0], batch, units)
         )
-        for handle in handles
+        for handle in [list_of_h, list_of_c][:stacks]
     ]
     return sequences, [h, c], list(lists)
 
@@ -232,10 +242,10 @@ def _in_a_loop(
         return [through, step.cs_prev_grad], [step.dicfo]
 
     def run_block(start, end, carry):
-        (*carry, lists) = carry[0], carry[1], carry[2:]
+        dh, dc, *lists = carry
         lists, tensors = _popped(lists, states[0], frames[start:end])
-        values, c, h = tensors[:5], tensors[4], tensors[5]
-        first_c, first_h = tensors[-2:]
+        *gates, c, h = tensors[:6]
+        values, (first_c, first_h) = [*gates, c], tensors[-2:]
 
         def body(t, carry):
             return step_back(
@@ -247,7 +257,7 @@ def _in_a_loop(
 
         carry, (d_gates,) = turns_back(
             body,
-            carry,
+            [dh, dc],
             [((states[0].shape[0], 4 * units), dtype)],
             start,
             end,

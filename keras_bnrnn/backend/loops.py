@@ -237,13 +237,10 @@ def _in_long_turns(body, carry, readers, specs, length, turn_length):
     def stacked(array, shape, turns, width):
         """Stacks the timesteps of all turns: (turns * width, ...)."""
         shape = tf.TensorShape(shape)
-        full = shape
-        if shape.rank and shape[0] is None:
-            full = tf.concat([rows, shape[1:]], axis=0)
         stack = tf.raw_ops.TensorListStack(
             input_handle=array.flow,
             # In full: there may be no turn, and so no tensor with a shape to read.
-            element_shape=tf.concat([[width], full], axis=0),
+            element_shape=tf.concat([[width], _full_shape(shape, rows)], axis=0),
             element_dtype=array.dtype,
         )
         # Not -1, which is any number if there are no rows. And not the shape of the
@@ -383,15 +380,9 @@ def turns_back(body, carry, specs, start, end, turn_length=1, last=None):
         )
         return tuple(carry), arrays
 
-    values, stop = (tuple(carry), arrays), start - 1
-    values = run_turns(
-        turn,
-        end - 1,
-        stop if last is None else stop + 1,
-        values,
-        step=-1,
-        length=turn_length,
-    )
+    stop = start - 1 if last is None else start
+    values = tuple(carry), arrays
+    values = run_turns(turn, end - 1, stop, values, step=-1, length=turn_length)
     if last is not None:
         values = turn(start, values, last)
     carry, arrays = values
@@ -520,15 +511,10 @@ class Unstacked:
         stack = tf.raw_ops.TensorListGather(
             input_handle=self._handle,
             indices=tf.range(start, end),
-            element_shape=self._full_shape(rows),
+            element_shape=_full_shape(self._shape, rows),
             element_dtype=self._dtype,
         )
         return tf.ensure_shape(stack, (None, *self._shape))
-
-    def _full_shape(self, rows):
-        if self._shape.rank and self._shape[0] is None:
-            return tf.concat([rows, self._shape[1:]], axis=0)
-        return self._shape
 
     def stack(self, rows):
         """Stacks the tensors (B, ...), zeros where no turn of a loop wrote one.
@@ -538,10 +524,17 @@ class Unstacked:
         """
         stack = tf.raw_ops.TensorListStack(
             input_handle=self._handle,
-            element_shape=self._full_shape(rows),
+            element_shape=_full_shape(self._shape, rows),
             element_dtype=self._dtype,
         )
         return tf.ensure_shape(stack, (None, *self._shape))
+
+
+def _full_shape(shape, rows):
+    """Returns the shape of a timestep, with `rows` (1,) for an unknown first size."""
+    if shape.rank and shape[0] is None:
+        return tf.concat([rows, shape[1:]], axis=0)
+    return shape
 
 
 def unstacked(tensor, spec):
