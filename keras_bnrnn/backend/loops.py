@@ -14,7 +14,7 @@ from keras_bnrnn.backend.context import compiled_by_xla, in_plain_graph
 BLOCKS_AT_ONCE = 2
 
 
-def run_turns(turn, start, end, values, step=1, length=1):
+def run_turns(turn, start, end, values, step=1, length=1, exact=False):
     """Calls a function for the timesteps from `start` to before `end`, in a graph.
 
     Args:
@@ -24,6 +24,8 @@ def run_turns(turn, start, end, values, step=1, length=1):
         step: 1, or -1 to run to timesteps before `start`. Default: 1.
         length: The number of timesteps in each turn of the loop. Another loop runs the
             timesteps that are left. Default: 1.
+        exact: Whether `length` divides the number of timesteps, so that none are left.
+            Default: `False`. Not needed for ints, of which this is known.
 
     Returns:
         The last values.
@@ -46,7 +48,7 @@ def run_turns(turn, start, end, values, step=1, length=1):
     t = tf.convert_to_tensor(start)
     if total is None or total >= length:
         t, values = loop(t, values, length)
-    if length > 1 and (total is None or total % length):
+    if length > 1 and (total % length if known else not exact):
         _, values = loop(t, values, 1)
     return values
 
@@ -120,6 +122,9 @@ def scan(
         ]
 
     plain = in_plain_graph() and not differentiable
+    exact = False
+    if prepare is not None:
+        block, exact = _whole_turns(block, length, turn_length)
     stacks_all = stacks is None and turns is None and prepare is None
     if plain and turn_length > 1 and not reverse and stacks_all:
         return _in_long_turns(body, carry, readers, specs, length, turn_length)
@@ -161,7 +166,9 @@ def scan(
 
         values = tuple(carry), elements_ahead(0, arrays), arrays
         if plain:
-            carry, _, arrays = run_turns(turn, start, end, values, length=turn_length)
+            carry, _, arrays = run_turns(
+                turn, start, end, values, length=turn_length, exact=exact
+            )
             return carry, arrays
         _, (carry, _, arrays) = tf.while_loop(
             lambda i, _: i < end,
@@ -319,6 +326,7 @@ def scan_blocks(
         return last, finish(stacks[0]), sums
 
     readers = [_reader(sequence, length, False) for sequence in sequences]
+    block, exact = _whole_turns(block, length, turn_length)
 
     def run_block(start, end, carry):
         first = list(carry)
@@ -329,6 +337,7 @@ def scan_blocks(
             start,
             end,
             turn_length,
+            exact,
         )
         return carry, stacks[0], of_block(first, stacks, start, end)
 
@@ -350,7 +359,7 @@ def scan_blocks(
     return carry, tf.ensure_shape(finished, (known, *finished.shape[1:])), sums
 
 
-def turns_back(body, carry, specs, start, end, turn_length=1, last=None):
+def turns_back(body, carry, specs, start, end, turn_length=1, exact=False, last=None):
     """Runs a loop from the timestep before `end` to `start`, in a plain graph.
 
     Args:
@@ -360,6 +369,7 @@ def turns_back(body, carry, specs, start, end, turn_length=1, last=None):
         specs: Shape and dtype of each tensor to stack.
         start, end: Ints or int32 scalar tensors.
         turn_length: As for `scan`.
+        exact: As for `run_turns`.
         last: Function as `body` that runs the timestep `start` after the loop. `None`
             (default): `body` runs it.
 
@@ -382,7 +392,7 @@ def turns_back(body, carry, specs, start, end, turn_length=1, last=None):
 
     stop = start - 1 if last is None else start
     values = tuple(carry), arrays
-    values = run_turns(turn, end - 1, stop, values, step=-1, length=turn_length)
+    values = run_turns(turn, end - 1, stop, values, -1, turn_length, exact)
     if last is not None:
         values = turn(start, values, last)
     carry, arrays = values
@@ -465,6 +475,17 @@ def concatenated(handle, rows, width, dtype):
         leading_dims=tf.zeros([0], tf.int64),
         element_dtype=dtype,
     ).tensor
+
+
+def _whole_turns(block, length, turn_length):
+    """Returns the number of timesteps of a block, of which `turn_length` is a divisor.
+
+    Returns:
+        That number, an int or a tensor, and whether `turn_length` divides the number of
+        timesteps of the last block, too.
+    """
+    block = tf.maximum(block // turn_length, 1) * turn_length
+    return block, isinstance(length, int) and length % turn_length == 0
 
 
 def _number_of_blocks(length, block, turns):

@@ -5,6 +5,8 @@ batch is one tensor, and the backend differentiates. The recurrent layers raise
 `NotImplementedError`.
 """
 
+import itertools
+
 import keras
 
 FusedKernel = None
@@ -71,8 +73,8 @@ def slice_sizes(batch, least, count=2):
     return [batch]
 
 
-def split_rows(x, sizes, axis):
-    require_time_loop()
+def split(x, sizes, axis):
+    return keras.ops.split(x, list(itertools.accumulate(sizes))[:-1], axis)
 
 
 def between(sequence, start, end, like):

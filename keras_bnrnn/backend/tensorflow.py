@@ -68,8 +68,12 @@ def plus_bias(product, bias):
     return tf.nn.bias_add(product, bias)
 
 
-def split_rows(x, sizes, axis):
-    """Splits a tensor along an axis into parts of given sizes, ints or tensors."""
+def split(x, sizes, axis):
+    """Splits a tensor along an axis into parts of given sizes, ints or tensors.
+
+    `keras.ops.split` takes the ends of the parts, and computes their sizes by a dozen
+    operations, which are traced in each timestep of a loop.
+    """
     return tf.split(x, sizes, axis)
 
 

@@ -137,10 +137,10 @@ class BNGRUCell(BNCell, keras.layers.GRUCell):
         recurrent_bias = weights.more["recurrent_bias"]
         if recurrent_bias is not None:
             recurrent = backend.plus_bias(recurrent, recurrent_bias)
-        x_gates, x_candidate = ops.split(projected, [2 * units], axis=-1)
+        x_gates, x_candidate = backend.split(projected, [2 * units, units], -1)
         h_gates = recurrent
         if self.reset_after:
-            h_gates, h_candidate = ops.split(recurrent, [2 * units], axis=-1)
+            h_gates, h_candidate = backend.split(recurrent, [2 * units, units], -1)
 
         a = norm("joint", x_gates + h_gates, gates)
         z, r = ops.split(self.recurrent_activation(a), 2, axis=-1)  # (B, 2U): z, r
@@ -216,8 +216,8 @@ class GRUDerivative(StepDerivative):
         recurrent_bias = weights.more["recurrent_bias"]
         if recurrent_bias is not None:
             recurrent = backend.plus_bias(recurrent, recurrent_bias)
-        x_gates, x_h = ops.split(projected, [2 * units], axis=-1)
-        b_gates, b_h = ops.split(recurrent, [2 * units], axis=-1)
+        x_gates, x_h = backend.split(projected, [2 * units, units], -1)
+        b_gates, b_h = backend.split(recurrent, [2 * units, units], -1)
         a = x_gates + b_gates
         gates = self.recurrent_activation(a)
         a_h = x_h + gates[..., units:] * b_h

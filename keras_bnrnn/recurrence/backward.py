@@ -7,8 +7,6 @@ values by timestep. The gradients of the weights are products of many timesteps:
 after the loop, or of a block of timesteps whose gradients are still in the cache.
 """
 
-import itertools
-
 from keras import ops
 
 from keras_bnrnn import backend
@@ -115,12 +113,12 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
     units, width = weights.recurrent_kernel.shape
     joined = derivative.width(units) == width
     names = list(weights.in_loop())
-    ends = list(itertools.accumulate(derivative.widths(units)[: kept.joined]))[:-1]
+    widths = derivative.widths(units)[: kept.joined]
 
     def body(carry, elements):
         values_t, before_t = elements[:n], elements[n : n + m]
         if kept.joined > 1:
-            values_t = [*ops.split(values_t[0], ends, axis=-1), *values_t[1:]]
+            values_t = [*backend.split(values_t[0], widths, -1), *values_t[1:]]
         gradients = _added(carry[:m], elements[n + m :])
         d_projected, d_recurrent, others = derivative.step_back(
             gradients, values_t, before_t, carry[m:], weights

@@ -44,8 +44,9 @@ ONE_OPERATION_IN_SLICES = 2**20
 
 # The number of timesteps in a turn of a loop that TensorFlow's executor runs. It
 # schedules some 25 operations of the loop itself in each turn. A loop takes 0.75 to 1.0
-# of the time with one timestep, and as long with 4, 5, 8 and 10.
-TIMESTEPS_OF_A_TURN = 4
+# of the time with one timestep, and as long with 4, 5, 8 and 10. The first of these
+# numbers that divides T spares a loop for the timesteps that are left.
+TIMESTEPS_OF_A_TURN = (4, 5, 3)
 
 # The number of frames (timesteps times rows) of a block of the backward loop in a plain
 # graph. From 1,024 to 8,192 frames a step takes the same time, within 5 %. Long blocks
@@ -83,10 +84,11 @@ class Schedule(typing.NamedTuple):
     sliced_from: int | None = None
     turn_length: int = 1
 
-    def settled(self, batch, units):
+    def settled(self, timesteps, batch, units):
         """Returns the schedule with `by_step` and `turn_length` set.
 
         Args:
+            timesteps: T, an int or a tensor.
             batch: The number of rows, an int or a tensor.
             units: U.
         """
@@ -97,7 +99,12 @@ class Schedule(typing.NamedTuple):
             and not backend.has_fused_kernels()
             and not (small and backend.in_plain_graph())
         )
-        turn_length = TIMESTEPS_OF_A_TURN if backend.run_by_executor() else 1
+        turn_length = 1
+        if backend.run_by_executor():
+            turn_length = TIMESTEPS_OF_A_TURN[0]
+            if isinstance(timesteps, int):
+                divisors = (n for n in TIMESTEPS_OF_A_TURN if timesteps % n == 0)
+                turn_length = next(divisors, turn_length)
         return self._replace(by_step=by_step, turn_length=turn_length)
 
 

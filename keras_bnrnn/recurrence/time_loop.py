@@ -52,9 +52,9 @@ def time_loop(
         `states` is the list of the states (B, U) at the end of each row. `collected` is
         the list of collected tensors (T, ...).
     """
-    batch = ops.shape(inputs)[1]
+    timesteps, batch = ops.shape(inputs)[:2]
     units = states[0].shape[-1]
-    loop = loop._replace(schedule=loop.schedule.settled(batch, units))
+    loop = loop._replace(schedule=loop.schedule.settled(timesteps, batch, units))
 
     run = functools.partial(
         _run,
@@ -123,7 +123,7 @@ def _slices(sizes, loop, inputs, states, weights):
 
 def _split(x, sizes, axis):
     """Splits a tensor, or `None` into as many."""
-    return [None] * len(sizes) if x is None else backend.split_rows(x, sizes, axis)
+    return [None] * len(sizes) if x is None else backend.split(x, sizes, axis)
 
 
 def _joined(lists, axis):

@@ -116,9 +116,10 @@ def test_scan_in_place(mode, reverse, rng):
         assert gap(ours, expected) <= 1e-15
 
 
+@pytest.mark.parametrize("length, turn_length", [(5, 1), (5, 2), (6, 2)])
 @pytest.mark.parametrize("block", [1, 2, 5, 9])
-def test_scan_of_a_sequence_prepared_in_blocks(block, rng):
-    x, y, start = rng.normal(size=(3, 5, 3, 2))
+def test_scan_of_a_sequence_prepared_in_blocks(block, length, turn_length, rng):
+    x, y, start = rng.normal(size=(3, length, 3, 2))
 
     def body(carry, elements):
         (c,), (x_t, y_t) = carry, elements
@@ -134,17 +135,18 @@ def test_scan_of_a_sequence_prepared_in_blocks(block, rng):
             [tf.constant(start[0])],
             [x, y],
             [((3, 2), "float64")] * 2,
-            5,
+            length,
             stacks=1,
             prepare=prepare,
             block=block,
+            turn_length=turn_length,
         )
         kept = backend.unstacked(unstacked, ((3, 2), "float64"))
         return last, stacked, backend.between(kept, 1, 4, last)
 
     last, stacked, between = run(tf.constant(x), tf.constant(y))
     carry, expected, carries = start[0], np.zeros_like(x), np.zeros_like(x)
-    for t in range(5):
+    for t in range(length):
         expected[t], carries[t] = carry * y[t], carry
         carry = 0.5 * carry + 2 * x[t]
     assert gap(last, carry) <= 1e-15
@@ -152,11 +154,11 @@ def test_scan_of_a_sequence_prepared_in_blocks(block, rng):
     assert gap(between, carries[1:4]) <= 1e-15
 
 
-@pytest.mark.parametrize("turn_length", [1, 2, 4])
+@pytest.mark.parametrize("length, turn_length", [(5, 1), (5, 2), (8, 4)])
 @pytest.mark.parametrize("block", [1, 2, 5, 9])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-def test_scan_blocks_equals_numpy(mode, block, turn_length, rng):
-    x, start = rng.normal(size=(5, 3, 2)), rng.normal(size=(3, 2))
+def test_scan_blocks_equals_numpy(mode, block, length, turn_length, rng):
+    x, start = rng.normal(size=(length, 3, 2)), rng.normal(size=(3, 2))
 
     def body(carry, elements):
         (c,), (x_t,) = carry, elements
@@ -178,7 +180,7 @@ def test_scan_blocks_equals_numpy(mode, block, turn_length, rng):
             [tf.constant(start)],
             [x],
             [((3, 2), "float64")] * 2,
-            5,
+            length,
             block,
             [tf.constant(10.0, tf.float64), tf.constant(0.0, tf.float64)],
             of_block,
@@ -192,12 +194,12 @@ def test_scan_blocks_equals_numpy(mode, block, turn_length, rng):
         run = tf.function(run, jit_compile=mode == "xla", autograph=False)
     (last,), stacked, (total, from_start) = run(tf.constant(x))
     carry, expected = start, np.zeros_like(x)
-    for t in reversed(range(5)):
+    for t in reversed(range(length)):
         expected[t] = carry * x[t]
         carry = 0.5 * carry + x[t]
     assert gap(last, carry) <= 1e-15
     assert gap(stacked[..., :2], 3 * expected) <= 1e-14
-    assert stacked.shape == (5, 3, 4) and not np.any(stacked[..., 2:])
+    assert stacked.shape == (length, 3, 4) and not np.any(stacked[..., 2:])
     assert gap(total, 10 + np.sum(expected * x)) <= 1e-13
     assert from_start == 0
 
@@ -311,6 +313,7 @@ def test_functions_of_another_backend(rng):
         (missing.plus_bias(y, bias), y + bias),
         (missing.between(x, 1, 3, None), x[1:3]),
         (missing.unstacked(x, None), x),
+        (missing.split(x, [1, 2], -1)[1], x[:, 1:]),
         (missing.sum_over_replicas(x), x),
         (missing.compiled(np.sin, x, None)(x), np.sin(x)),
     ):
@@ -327,8 +330,6 @@ def test_functions_of_another_backend(rng):
         missing.require_positive(0, "unchecked"),
     ):
         assert not has_any
-    with pytest.raises(NotImplementedError, match="KERAS_BACKEND=tensorflow"):
-        missing.split_rows(x, [2, 2], 0)
     with pytest.raises(NotImplementedError, match="KERAS_BACKEND=tensorflow"):
         missing.scan_blocks(None, [], [], [], 1, 1, [], None)
     with pytest.raises(NotImplementedError, match="pass `log_dir=None`"):

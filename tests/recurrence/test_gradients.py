@@ -17,7 +17,7 @@ from helpers import KINDS, gap, random_mask, randomize
 from keras_bnrnn import backend, projection
 from keras_bnrnn.recurrence import schedule
 
-B, T, D, U = 6, 5, 3, 4
+B, T, D, U = 6, 7, 3, 4
 
 VARIANTS = {
     "simple_rnn": [{}, {"activation": "relu"}, {"activation": "elu"}],

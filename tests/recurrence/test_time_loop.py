@@ -23,7 +23,7 @@ from keras_bnrnn.recurrence import (
     time_loop,
 )
 
-T, B, D, U = 5, 4, 3, 2
+T, B, D, U = 7, 4, 3, 2
 RATE = 0.5
 PLAIN = Schedule()
 NAMES = ["frames", "h", "c", "kernel", "recurrent_kernel", "bias", "peephole"]
@@ -628,8 +628,8 @@ def test_a_batch_of_unknown_size(keeps, slices, rng):
         for branch in ("true", "false")
         if f"cond_{branch}" in function.signature.name
     }
-    # Two loops for the slices. Of one for the whole batch, four of the five timesteps
-    # are a turn, and another loop runs the last one.
+    # Two loops for the slices. Of one for the whole batch, four of the seven timesteps
+    # are a turn, and another loop runs the last three.
     assert branches == ({} if keeps else {"true": 2, "false": 2})
 
 
@@ -651,7 +651,7 @@ def test_when_factors_are_computed_by_step(monkeypatch):
         for batch, units in ((16, 64), (1023, 1), (33, 31), (None, 2)):
             large = batch is None or batch * units >= 1024
             rows = tf.constant(5) if batch is None else batch
-            found = Schedule(unroll=unroll).settled(rows, units)
+            found = Schedule(unroll=unroll).settled(T, rows, units)
             assert found.by_step == (
                 traced and not fused and not unroll and (large or not plain)
             )
@@ -659,9 +659,14 @@ def test_when_factors_are_computed_by_step(monkeypatch):
 
 
 def test_the_timesteps_of_a_turn(monkeypatch):
-    for runs, length in ((False, 1), (True, 4)):
+    """A divisor of T if there is one; 4 if not, or if T is unknown."""
+    unknown = tf.constant(35)
+    cases = (100, 4), (60, 4), (35, 5), (27, 3), (3, 3), (97, 4), (1, 4), (unknown, 4)
+    for runs in (False, True):
         monkeypatch.setattr(backend, "run_by_executor", lambda runs=runs: runs)
-        assert Schedule().settled(32, 64).turn_length == length
+        for timesteps, length in cases:
+            found = Schedule().settled(timesteps, 32, 64).turn_length
+            assert found == (length if runs else 1)
 
 
 def test_the_loop_settles_its_schedule(rng, monkeypatch):
@@ -671,7 +676,7 @@ def test_the_loop_settles_its_schedule(rng, monkeypatch):
         Schedule, "settled", lambda self, *a: seen.append(a) or settled(self, *a)
     )
     run(constants(draw(rng)))
-    assert seen == [(B, U)]
+    assert seen == [(T, B, U)]
 
 
 @pytest.mark.parametrize(
