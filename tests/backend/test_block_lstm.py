@@ -11,27 +11,30 @@ from keras_bnrnn.backend import block_lstm
 BATCH, WIDTH, UNITS = 3, 4, 5
 
 
-# Each two of the three at least once.
+# Each two of the four at least once.
 @pytest.mark.slow(
     but=[
-        "length=1-1-sequences=0",
-        "length=1-2-sequences=1",
-        "length=1-8-sequences=2",
-        "length=3-1-sequences=1",
-        "length=3-2-sequences=2",
-        "length=3-8-sequences=0",
-        "length=100-1-sequences=2",
-        "length=100-2-sequences=0",
-        "length=100-8-sequences=1",
-        "length=None-1-sequences=0",
-        "length=None-2-sequences=1",
-        "length=None-8-sequences=2",
+        "length=1-1-sequences=0-known",
+        "length=1-2-sequences=1-unknown",
+        "length=1-8-sequences=2-known",
+        "length=3-1-sequences=1-unknown",
+        "length=3-2-sequences=2-known",
+        "length=3-8-sequences=0-unknown",
+        "length=100-1-sequences=2-unknown",
+        "length=100-2-sequences=0-known",
+        "length=100-8-sequences=1-known",
+        "length=None-1-sequences=0-unknown",
+        "length=None-2-sequences=1-known",
+        "length=None-8-sequences=2-unknown",
     ]
 )
+@pytest.mark.parametrize("small", ["known", "unknown"])
 @pytest.mark.parametrize("sequences", [0, 1, 2], ids="sequences={}".format)
 @pytest.mark.parametrize("timesteps", [1, 2, 8])
 @pytest.mark.parametrize("length", [1, 3, 100, None], ids="length={}".format)
-def test_states_and_gradients_are_those_of_keras(length, timesteps, sequences, rng):
+def test_states_and_gradients_are_those_of_keras(
+    length, timesteps, sequences, small, rng
+):
     """Blocks of one and of three timesteps, the last one shorter, and a single block.
 
     Without a length the gradient is one operation. The choice of it is known before the
@@ -85,19 +88,19 @@ def test_states_and_gradients_are_those_of_keras(length, timesteps, sequences, r
         ]
         return stacked, last, gradients
 
-    for small in (None, tf.constant(length is None)):
-        stacked, last, gradients = run(arguments, d_sequences, d_last, small)
-        assert len(stacked) == sequences
-        for k, found in enumerate([*stacked, *last]):
-            k, of_all = (k, True) if k < sequences else (k - sequences, False)
-            wanted = [state[k] for state in all_states]
-            wanted = np.stack(wanted) if of_all else wanted[-1]
-            assert gap(found, wanted) <= 1e-6  # float32, states of at most 4
-        for found, again, wanted in zip(*gradients, expected, strict=True):
-            wanted = np.asarray(wanted)
-            bound = 1e-5 * np.abs(wanted).max()  # float32, sums of at most 24 rows
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
-            np.testing.assert_array_equal(found, again)
+    in_graph = tf.constant(length is None) if small == "unknown" else None
+    stacked, last, gradients = run(arguments, d_sequences, d_last, in_graph)
+    assert len(stacked) == sequences
+    for k, found in enumerate([*stacked, *last]):
+        k, of_all = (k, True) if k < sequences else (k - sequences, False)
+        wanted = [state[k] for state in all_states]
+        wanted = np.stack(wanted) if of_all else wanted[-1]
+        assert gap(found, wanted) <= 1e-6  # float32, states of at most 4
+    for found, again, wanted in zip(*gradients, expected, strict=True):
+        wanted = np.asarray(wanted)
+        bound = 1e-5 * np.abs(wanted).max()  # float32, sums of at most 24 rows
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+        np.testing.assert_array_equal(found, again)
 
 
 @pytest.mark.parametrize("timesteps, length", [(1, 3), (5, 3), (1, None), (5, None)])
