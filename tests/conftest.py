@@ -19,23 +19,16 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def only_garbage_of_the_module():
-    """Lets `clear_session` look for garbage among the objects of one module.
-
-    It collects garbage before each test. To look through the modules that other tests
-    imported, and the graphs that they traced, would take as long as many a test.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     import keras
 
     keras.utils.set_random_seed(20151005)
     keras.backend.clear_session()
+    # `clear_session` collects garbage. It looks for garbage only among the objects of
+    # the last test: to look through imported modules, and through traced graphs, which
+    # TensorFlow keeps, would take as long as many a test.
+    gc.freeze()
 
 
 @pytest.fixture
