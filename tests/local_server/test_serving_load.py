@@ -418,7 +418,7 @@ def test_sigterm_waits_for_requests_in_flight(base):
     command = [sys.executable, "-m", "keras_bnrnn.local_server", f"frames={base}"]
     command += ["--port", "0", "--grpc-port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    steps = 500_000
+    steps = 250_000
     try:
         lines = [process.stdout.readline().split() for _ in range(3)]
         assert lines[0][:4] == ["serving", "frames", "version", "1"]
