@@ -35,7 +35,6 @@ def test_masks_are_handed_on_whatever_the_base_class_does(kind, rng, monkeypatch
             keras.Input((None, D)),
             keras.layers.Masking(),
             make(U, return_sequences=True),
-            make(U, return_sequences=True),
             make(U),
         ]
     )
