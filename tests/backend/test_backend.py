@@ -1,5 +1,7 @@
 """The functions of the seam, those of the backend in use."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -40,12 +42,17 @@ def test_scan_equals_numpy(options, reverse, rng):
     assert gap(stacked, expected) <= 1e-15
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize(
+    "mode, steps",
+    [
+        *itertools.product(["graph", "in blocks", "eager"], [0, 1, 3, 4, 5, 8, 11]),
+        # In XLA each turn has one timestep, and there is no loop without turns.
+        *[("xla", steps) for steps in (1, 5)],
+        *[pytest.param("xla", n, marks=pytest.mark.slow) for n in (3, 4, 8, 11)],
+    ],
+)
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("mode", ["graph", "in blocks", "eager", "xla"])
 def test_scan_with_several_timesteps_in_a_turn(mode, known, steps, rng):
-    if mode == "xla" and steps == 0:
-        pytest.skip("XLA has no loop without turns")
     x, start = rng.normal(size=(steps, 3, 2)), rng.normal(size=(3, 2))
 
     def body(carry, elements):
@@ -154,9 +161,16 @@ def test_scan_of_a_sequence_prepared_in_blocks(block, length, turn_length, rng):
     assert gap(between, carries[1:4]) <= 1e-15
 
 
-@pytest.mark.parametrize("length, turn_length", [(5, 1), (5, 2), (8, 4)])
+@pytest.mark.parametrize(
+    "mode, length, turn_length",
+    [
+        *[("graph", *pair) for pair in [(5, 1), (5, 2), (5, 4), (8, 4)]],
+        # Elsewhere each turn has one timestep.
+        ("eager", 5, 4),
+        ("xla", 5, 4),
+    ],
+)
 @pytest.mark.parametrize("block", [1, 2, 5, 9])
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_scan_blocks_equals_numpy(mode, block, length, turn_length, rng):
     x, start = rng.normal(size=(length, 3, 2)), rng.normal(size=(3, 2))
 
