@@ -253,7 +253,7 @@ def stack(arguments):
     return {"lstm": [{"shape": shape, "times": times}]}
 
 
-def workers(measure, shapes, names, repeats, modes):
+def workers(measure, shapes, names, repeats, modes, kind="lstm"):
     """Results of `worker.py`, each in a fresh process, in turn."""
     results = []
     for shape in shapes:
@@ -269,6 +269,8 @@ def workers(measure, shapes, names, repeats, modes):
                         name,
                         mode,
                         *map(str, shape),
+                        "--kind",
+                        kind,
                     ],
                     check=True,
                     stdout=subprocess.PIPE,
@@ -295,13 +297,21 @@ def memory(arguments):
 
 
 MEMORY_SHAPES = [(256, 100, 64, 64), (256, 1000, 64, 64)]
+FIRST_FIT_SHAPES = [(16, 100, 64, 64), (256, 100, 64, 64)]
 
 
 def compiling(arguments):
     import contenders
 
     shapes = [(8, 10, 64, 64), (8, 100, 64, 64), (8, 1000, 64, 64)]
-    return {"lstm": workers("compile", shapes, ["bn", "keras"], 3, contenders.MODES)}
+    names = ["bn", "keras"]
+    return {
+        "lstm": workers("compile", shapes, names, 3, contenders.MODES),
+        "first fit": {
+            kind: workers("first fit", FIRST_FIT_SHAPES, names, 3, ["graph"], kind)
+            for kind in ("lstm", "gru")
+        },
+    }
 
 
 def linear(arguments):
@@ -657,6 +667,25 @@ def report(data):
             table(rows),
             "",
         ]
+        rows = [["layer", "B, T, D, U", "bn", "keras"]]
+        for kind, results in data["compiling"].get("first fit", {}).items():
+            for result in results:
+                rows.append(
+                    [
+                        kind,
+                        ", ".join(map(str, result["shape"])),
+                        *(f"{v['seconds']:.2f}" for v in result["found"].values()),
+                    ]
+                )
+        if len(rows) > 1:
+            lines += [
+                "The same of the first `fit` of 16 batches of a recurrent layer and a "
+                "`Dense` one, in a graph. `fit` does not know the size of a batch, and "
+                "traces the loops for batches of any size.",
+                "",
+                table(rows),
+                "",
+            ]
     if "gpu" in data:
         about = data["gpu"]["about"]
         lines += [f"## GPU: {about['machine']}", "", f"{about['versions']}.", ""]

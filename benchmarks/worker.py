@@ -1,7 +1,8 @@
 """Measures one contender in a fresh process, and prints the result as JSON.
 
 Memory: bytes that the process holds at its peak, with and without what it held before
-the model was made. Compile: seconds of the first step, less those of a later one.
+the model was made. Compile: seconds of the first step, less those of a later one. First
+fit: the same of the first and a later `fit` of 16 batches.
 """
 
 import argparse
@@ -37,12 +38,25 @@ def compile_time(step, before):
     return {"seconds": first - (time.perf_counter() - start)}
 
 
+def first_fit(name, shape, kind):
+    epoch = contenders.fitted(name, shape, kind, "auto")
+
+    def seconds():
+        start = time.perf_counter()
+        epoch()
+        return time.perf_counter() - start
+
+    first = seconds()
+    return {"seconds": first - seconds()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measure", choices=["memory", "compile"])
+    parser.add_argument("measure", choices=["memory", "compile", "first fit"])
     parser.add_argument("name")
     parser.add_argument("mode", choices=contenders.MODES)
     parser.add_argument("shape", type=int, nargs=4)
+    parser.add_argument("--kind", default="lstm", help="of the layer of a first fit")
     arguments = parser.parse_args()
 
     shape = tuple(arguments.shape)
@@ -51,6 +65,9 @@ def main():
     contenders.training_step(
         contenders.model("keras", warm), contenders.frames(warm), arguments.mode
     )()
+    if arguments.measure == "first fit":
+        print(json.dumps(first_fit(arguments.name, shape, arguments.kind)))
+        return
     before = resident("VmRSS")
     step = contenders.training_step(
         contenders.model(arguments.name, shape, mode=arguments.mode),
