@@ -33,6 +33,7 @@ split = _module.split
 summary_writer = _module.summary_writer
 sum_over_replicas = _module.sum_over_replicas
 transposed_times = _module.transposed_times
+traced_once = _module.traced_once
 unstacked = _module.unstacked
 value_and_slope = _module.value_and_slope
 write_summaries = _module.write_summaries

@@ -77,6 +77,10 @@ def split(x, sizes, axis):
     return keras.ops.split(x, list(itertools.accumulate(sizes))[:-1], axis)
 
 
+def traced_once(function):
+    return function
+
+
 def between(sequence, start, end, like):
     return sequence[start:end]
 

@@ -58,6 +58,14 @@ def cores():
     return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count()
 
 
+def traced_once(function):
+    """Returns a function that is traced once for all calls with tensors of one kind.
+
+    TensorFlow copies it into the graph for each call, so calls run side by side.
+    """
+    return tf.function(function, autograph=False)
+
+
 def product_and_bias(x, kernel, bias):
     """Computes `x . kernel + bias` of matrices; a graph fuses the two operations."""
     return plus_bias(tf.matmul(x, kernel), bias)

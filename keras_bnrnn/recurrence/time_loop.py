@@ -76,9 +76,10 @@ def time_loop(
     if len(sizes) == 1:
         return run(loop, inputs, states, weights, lengths)
 
+    run_slice = backend.traced_once(run)
     slices = _slices(sizes, loop, inputs, states, weights)
     results = [
-        run(*slice_, lengths_s)
+        run_slice(*slice_, lengths_s)
         for slice_, lengths_s in zip(slices, _split(lengths, sizes, 0), strict=True)
     ]
     outputs, last, _ = zip(*results, strict=True)

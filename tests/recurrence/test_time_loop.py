@@ -540,23 +540,29 @@ def test_a_gradient_runs_the_forward_loop_again_if_it_kept_nothing(rng, monkeypa
 
 @pytest.fixture
 def slices(monkeypatch):
-    """What is asked about slices, and the sizes and turns of each loop."""
-    seen = {"asked": [], "sizes": None, "loops": []}
+    """What is asked about slices, the sizes of each loop, and the turns of slices."""
+    seen = {"asked": [], "sizes": None, "loops": [], "turns": []}
     module = importlib.import_module("keras_bnrnn.recurrence.time_loop")
-    plain = module._run
+    plain, plain_slices = module._run, module._slices
 
     def slice_sizes(batch, least, count):
         seen["asked"].append((batch, least))
         return seen["sizes"] or [batch]
 
     def recorded(loop, inputs, *arguments, **options):
-        seen["loops"].append((inputs.shape[1], loop.turns))
+        seen["loops"].append(inputs.shape[1])
         return plain(loop, inputs, *arguments, **options)
+
+    def sliced(*arguments):
+        slices = plain_slices(*arguments)
+        seen["turns"] = [loop.turns for loop, *_ in slices]
+        return slices
 
     monkeypatch.setattr(backend, "slice_sizes", slice_sizes)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT", 9 * U * U)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT_AT_INFERENCE", 9 * U * U)
     monkeypatch.setattr(module, "_run", recorded)
+    monkeypatch.setattr(module, "_slices", sliced)
     return seen
 
 
@@ -568,13 +574,14 @@ def test_slices_of_an_eager_batch(closed_form, slices, rng):
         if "dropped" in more:
             more["dropped"] = tf.constant(more["dropped"])
         unrolled = options.get("schedule", PLAIN).unroll
-        slices.update(asked=[], sizes=None, loops=[])
+        slices.update(asked=[], sizes=None, loops=[], turns=[])
         whole = run(tensors, **more)
         assert slices["asked"] == ([] if unrolled else [(B, 9)])
         slices["sizes"] = [3, 1]
         found = run(tensors, **more)
         sizes = [B] if unrolled else [3, 1]
-        assert slices["loops"] == [(B, None), *((size, None) for size in sizes)]
+        assert slices["loops"] == [B, *sizes]
+        assert slices["turns"] == ([] if unrolled else [None, None])
         assert (found[0] is None) == (whole[0] is None)
         if found[0] is not None:
             assert gap(found[0], whole[0]) <= 1e-14
@@ -610,7 +617,7 @@ def test_a_batch_of_unknown_size(keeps, slices, rng):
         slices["sizes"] = [batch - second, second]
         options = {"schedule": Schedule(keeps=keeps), "derivative": Derivative()}
         outputs, states = run(tensors, **options)
-        return outputs, states, [turns for _, turns in slices["loops"] if keeps]
+        return outputs, states, slices["turns"] if keeps else []
 
     for rows, both in ((1, [T, 0]), (4, [T, T])):
         some = {**arrays, "frames": arrays["frames"][:, :rows]}
@@ -621,12 +628,17 @@ def test_a_batch_of_unknown_size(keeps, slices, rng):
         assert [int(n) for n in turns] == (both if keeps else [])
     assert len(slices["asked"]) == 1
     graph = call.get_concrete_function().graph.as_graph_def()
-    assert whiles(graph.node) == (2 if keeps else 0)
+    # In training, two calls of one function with a loop.
+    functions = {f.signature.name: f.node_def for f in graph.library.function}
+    called = [node.attr["f"].func.name for node in graph.node if "f" in node.attr]
+    assert whiles(graph.node) == 0
+    assert len(called) == (2 if keeps else 0)
+    assert [whiles(functions[name]) for name in {*called}] == ([1] if keeps else [])
     branches = {
-        branch: whiles(function.node_def)
-        for function in graph.library.function
+        branch: whiles(nodes)
+        for name, nodes in functions.items()
         for branch in ("true", "false")
-        if f"cond_{branch}" in function.signature.name
+        if f"cond_{branch}" in name
     }
     # Two loops for the slices. Of one for the whole batch, four of the seven timesteps
     # are a turn, and another loop runs the last three.
