@@ -122,9 +122,9 @@ def scan(
         ]
 
     plain = in_plain_graph() and not differentiable
-    exact = False
+    exact = _divides(turn_length, length)
     if prepare is not None:
-        block, exact = _whole_turns(block, length, turn_length)
+        block = _whole_turns(block, turn_length)
     stacks_all = stacks is None and turns is None and prepare is None
     if plain and turn_length > 1 and not reverse and stacks_all:
         return _in_long_turns(body, carry, readers, specs, length, turn_length)
@@ -326,7 +326,8 @@ def scan_blocks(
         return last, finish(stacks[0]), sums
 
     readers = [_reader(sequence, length, False) for sequence in sequences]
-    block, exact = _whole_turns(block, length, turn_length)
+    exact = _divides(turn_length, length)
+    block = _whole_turns(block, turn_length)
 
     def run_block(start, end, carry):
         first = list(carry)
@@ -477,15 +478,14 @@ def concatenated(handle, rows, width, dtype):
     ).tensor
 
 
-def _whole_turns(block, length, turn_length):
-    """Returns the number of timesteps of a block, of which `turn_length` is a divisor.
+def _divides(turn_length, length):
+    """Returns whether T, an int or a tensor, is known to be a multiple of a number."""
+    return isinstance(length, int) and length % turn_length == 0
 
-    Returns:
-        That number, an int or a tensor, and whether `turn_length` divides the number of
-        timesteps of the last block, too.
-    """
-    block = tf.maximum(block // turn_length, 1) * turn_length
-    return block, isinstance(length, int) and length % turn_length == 0
+
+def _whole_turns(block, turn_length):
+    """Returns the number of timesteps of a block, rounded to whole turns."""
+    return tf.maximum(block // turn_length, 1) * turn_length
 
 
 def _number_of_blocks(length, block, turns):
