@@ -13,6 +13,7 @@ from keras_bnrnn import export_saved_model, fold
 from keras_bnrnn.export.saved_model.loops import (
     has_served_loop,
     joins_kernels,
+    masked_outputs,
     served_loop,
 )
 
@@ -60,9 +61,14 @@ def served(layer, masked, one_frame, wants_states=True):
             mask = tf.sequence_mask(lengths, tf.shape(x)[1])
         elif masked == "any":
             mask = rest.pop(0)
-        return served_loop(
+        results = served_loop(
             layer, x, rest, mask, lengths, joined=joined, wants_states=wants_states
         )
+        if mask is None:
+            return results
+        of_lengths = lengths is not None
+        zeros = layer.zero_output_for_mask
+        return masked_outputs(layer, results, mask, lengths, of_lengths, zeros, None)
 
     return run
 
@@ -268,6 +274,7 @@ def test_states_of_another_batch_size_fail(causal):
         signatures["step"](**{**frame, "speaker": tf.zeros((1, 2))}, **states)
 
 
+@pytest.mark.slow
 def test_masks_by_value_in_a_stream(rng, tmp_path):
     model = keras.Sequential(
         [
@@ -289,43 +296,6 @@ def test_masks_by_value_in_a_stream(rng, tmp_path):
         answer = signatures["step"](ids=tf.constant(ids[:, t]), **states)
         states = {name: answer[name] for name in states}
         assert gap(answer["b"], expected[:, t]) <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    "sequences, zero",
-    [(True, False), (True, True), (False, False)],
-    ids=["sequences-repeats", "sequences-zeros", "last-repeats"],
-)
-@pytest.mark.slow(but=["sequences-repeats"])
-def test_masked_frames_of_a_last_layer_that_is_not_folded(
-    sequences, zero, rng, tmp_path
-):
-    """Nothing above the layer reads a mask: the output of a masked frame is seen."""
-    layer = keras_bnrnn.BNLSTM(
-        3,
-        return_sequences=sequences,
-        name="a",
-        peephole=True,
-        zero_output_for_mask=zero,
-    )
-    model = keras.Sequential(
-        [
-            keras.Input((None,), dtype="int32", name="ids"),
-            layers.Embedding(9, 4, mask_zero=True),
-            layer,
-        ]
-    )
-    randomize_model(model, rng)
-    with pytest.warns(UserWarning, match="peephole"):
-        path = export_saved_model(model, tmp_path / "m", streaming=True, warmup=None)
-    _loaded, signatures = signatures_of(path)
-    ids = np.array([[0, 3, 0, 0, 5, 8], [7, 0, 2, 1, 0, 0]], "int32")
-    states = signatures["initial_state"](ids=tf.constant(ids))
-    for t in range(6):
-        answer = signatures["step"](ids=tf.constant(ids[:, t]), **states)
-        states = {name: answer[name] for name in states}
-        expected = model(ids)[:, t] if sequences else model(ids[:, : t + 1])
-        assert gap(answer["a"], expected) <= TOLERANCE
 
 
 def not_causal(kind):

@@ -73,7 +73,10 @@ def export_saved_model(
     **Lengths.** `lengths` is an int32 tensor (B,) with the number of valid frames of
     each row, clamped to 0..T. The argument `lengths` decides whether `serve` takes this
     tensor; `chunk` and `serve_xla` always take it. Frames past a row's length have no
-    effect, even if they are NaN. If T is free, an output with one frame per input frame
+    effect, even if they are NaN: the answer is the model's answer to the row alone. A
+    layer with `zero_output_for_mask=True` and `return_sequences=False` thus returns
+    zeros if the model masks the last frame of a row by its value, but not because
+    padding follows this frame. If T is free, an output with one frame per input frame
     is zero past the lengths. `lengths` applies to every input with timesteps (if T is
     free in some inputs, to those). A request fails if it has `lengths` and the T of
     these inputs differ.

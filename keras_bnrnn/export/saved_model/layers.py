@@ -5,8 +5,11 @@ import inspect
 import keras
 import tensorflow as tf
 
-from keras_bnrnn.export.saved_model.loops import has_served_loop, served_loop
-from keras_bnrnn.layers.rnn import BNRNN
+from keras_bnrnn.export.saved_model.loops import (
+    has_served_loop,
+    masked_outputs,
+    served_loop,
+)
 from keras_bnrnn.traversal import copy_of, sublayers
 
 MASK_ARGUMENTS = {"mask", "query_mask", "value_mask", "key_mask"}
@@ -44,6 +47,9 @@ def served_copy(layer, tracing, weights):
 def _run_served_loop(layer, tracing, weights):
     """Makes a recurrent layer run `served_loop`, from the states of the call."""
     own_loop = layer.inner_loop
+    # Zeros at masked frames would hide the output before them, which is the last output
+    # of a row if these frames are padding. `masked_outputs` sets the zeros.
+    zero_output, layer.zero_output_for_mask = layer.zero_output_for_mask, False
 
     def inner_loop(sequences, initial_state, mask, training=False):
         call = tracing.call
@@ -56,24 +62,28 @@ def _run_served_loop(layer, tracing, weights):
             flat = keras.tree.flatten(initial_state)
             flat = [tf.cast(x, y.dtype) for x, y in zip(given, flat, strict=True)]
             initial_state = keras.tree.pack_sequence_as(initial_state, flat)
+        if mask is not None:
+            mask = tf.cast(keras.tree.flatten(mask)[0], tf.bool)
+        lengths = _lengths_of(mask, call)
+        of_lengths = any(mask is own for own in call.masks)
         if has_served_loop(layer):
-            mask = None if mask is None else keras.tree.flatten(mask)[0]
-            of_lengths = any(mask is own for own in call.masks)
             results = served_loop(
                 layer,
                 sequences,
                 initial_state,
                 mask,
-                lengths=call.lengths if of_lengths else None,
-                continues=continues,
+                lengths=lengths if of_lengths else None,
                 joined=weights.joined.get(id(layer)),
                 compiled=call.compiled,
                 wants_states=continues or layer.return_state,
             )
         else:
             results = own_loop(sequences, initial_state, mask, training)
-            if continues and mask is not None and isinstance(layer, BNRNN):
-                results = _continued(layer, results, initial_state, mask)
+        if mask is not None:
+            before = _last_output(layer.cell, initial_state) if continues else None
+            results = masked_outputs(
+                layer, results, mask, lengths, of_lengths, zero_output, before
+            )
         if lasts:
             states = keras.tree.flatten(results[2])
             shapes = [tuple(x.shape[1:]) for x in states]
@@ -84,27 +94,30 @@ def _run_served_loop(layer, tracing, weights):
     layer.inner_loop = inner_loop
 
 
-def _continued(layer, results, initial_state, mask):
-    """Replaces the outputs before the first valid frame, which are zeros.
-
-    In a stream they repeat the output of the last earlier frame.
+def _lengths_of(mask, call):
+    """Returns the lengths of the rows of a mask, within 0..T, or `None`.
 
     Args:
-        layer: A `BNRNN`.
-        results: What its `inner_loop` returned.
-        initial_state: List of states after earlier frames, the output first.
-        mask: Boolean tensor (B, T).
+        mask: Boolean tensor (B, T), or `None`.
+        call: `Call`.
     """
-    last, outputs, states = results
-    if layer.zero_output_for_mask:
-        return results
-    before = initial_state[0]
-    began = tf.cumsum(tf.cast(mask, tf.int32), axis=1) > 0
-    last = tf.where(began[:, -1:], last, before)
-    if not layer.return_sequences:
-        began = began[:, -1:]
-    outputs = tf.where(began[..., None], outputs, before[:, None])
-    return last, outputs, states
+    if mask is None or call.lengths is None or call.in_frames:
+        return None
+    if not _comes_from(mask, call.sequences):
+        return None
+    return tf.clip_by_value(call.lengths, 0, tf.shape(mask)[1])
+
+
+def _last_output(cell, states):
+    """Returns the state of a cell that holds its last output.
+
+    Args:
+        cell: A cell. Its first state is its output, as `keras.layers.RNN` requires.
+        states: The states of the cell, nested as the cell returns them.
+    """
+    if isinstance(cell, keras.layers.StackedRNNCells):
+        states = states[-1]
+    return keras.tree.flatten(states)[0]
 
 
 def _run_frames_at_once(time_distributed, tracing):

@@ -40,39 +40,31 @@ def served_loop(
     states,
     mask,
     lengths=None,
-    continues=False,
     joined=None,
     compiled=False,
     wants_states=True,
 ):
     """Replaces `layer.inner_loop` at inference.
 
-    With `lengths`, the last output of a row is the output of its last valid frame, even
-    with `zero_output_for_mask`. The outputs of a row therefore do not depend on the
-    padding of the batch.
+    Outputs at masked frames are unspecified: `masked_outputs` sets them.
 
     Args:
         layer: A `keras.layers.SimpleRNN`, `LSTM` or `GRU`.
         sequences: Tensor (B, T, D).
         states: List of tensors (B, U).
         mask: Boolean tensor (B, T), or `None`.
-        lengths: int32 tensor (B,) if `mask` is the mask of these lengths; otherwise
-            `None`.
-        continues: Whether `states` are the states after earlier frames. If so, the
-            output before the first valid frame is the output of the last earlier
-            frame instead of zeros.
+        lengths: int32 tensor (B,) within 0..T if `mask` is the mask of these lengths;
+            otherwise `None`.
         joined: For an LSTM: kernel and recurrent kernel as one tensor, (D + U, 4U).
         compiled: Whether XLA compiles the loop. XLA has no `BlockLSTMV2`.
         wants_states: Whether the caller uses the returned states. If not, only the
             first state is correct.
 
     Returns:
-        The last output (B, U), outputs (B, T, U) in the order of processing, and the
-        list of states.
+        The output (B, U) at the last valid frame, outputs (B, T, U) in the order of
+        processing, and the list of states.
     """
     recurrence = Recurrence(layer, sequences.dtype, joined)
-    if lengths is not None:
-        lengths = tf.clip_by_value(lengths, 0, tf.shape(sequences)[1])
     if layer.go_backwards:
         # With lengths, only the valid frames are reversed, so padding stays at the end.
         sequences = _reversed_frames(sequences, lengths)
@@ -106,44 +98,71 @@ def served_loop(
         else:
             outputs, *states = _in_slices(run, rows)
 
-    if mask is None:
-        return states[0], outputs, states
-    shown, last_shown = _shown(layer, mask, lengths, continues)
-    zero = tf.zeros([], outputs.dtype)
-    last = tf.where(last_shown, states[0], zero)
-    if lengths is not None and not layer.zero_output_for_mask:
-        repeated = tf.zeros_like(last) if layer.go_backwards else last
-        outputs = tf.where(shown, outputs, repeated[:, None])
-    else:
-        outputs = tf.where(shown, outputs, zero)
     if layer.go_backwards and lengths is not None:
         # Keras reverses the padding as well, so the padding comes first.
         outputs = tf.reverse(_reversed_frames(outputs, lengths), [1])
+    return states[0], outputs, states
+
+
+def masked_outputs(layer, results, mask, lengths, of_lengths, zero_output, before):
+    """Sets the outputs at masked frames as Keras does.
+
+    With `lengths`, the last output of a row is the output at its last frame, which the
+    model gives for this row alone. It does not depend on the padding of the batch.
+
+    Args:
+        layer: A `keras.layers.RNN`.
+        results: The results of its loop: the output (B, ...) at the last valid frame,
+            outputs (B, T, ...) in the order of processing, and the list of states.
+            Outputs at frames that `mask` alone masks repeat the output before them.
+        mask: Boolean tensor (B, T).
+        lengths: int32 tensor (B,) within 0..T, whose padding is part of `mask`; `None`
+            if all T frames belong to each row.
+        of_lengths: Whether `mask` is the mask of `lengths`, without other masks.
+        zero_output: Whether outputs at masked frames are zeros. If not, they repeat
+            the output before them.
+        before: Tensor (B, ...), the output at the last earlier frame of a stream;
+            `None` at the start of sequences, where it is zeros.
+
+    Returns:
+        `results` with other outputs.
+    """
+    last, outputs, states = results
+    zero = tf.zeros([], last.dtype)
+    first = zero if before is None else before
+    last = _where(tf.reduce_any(mask, 1), last, first)
+    processed = tf.reverse(mask, [1]) if layer.go_backwards else mask
+    fill = zero
+    if zero_output:
+        shown = processed
+        frames = tf.shape(mask)[1]
+        # Read backwards, the last frame of a row is its first, whatever its length.
+        end = frames if lengths is None or layer.go_backwards else lengths[:, None]
+        shows_last = tf.reduce_any(shown & (tf.range(frames) == end - 1), 1)
+        if before is not None and lengths is not None:
+            shows_last |= lengths == 0
+        last = _where(shows_last, last, zero)
+    elif of_lengths and not layer.go_backwards:
+        shown, fill = mask, last[:, None]
+    else:
+        shown = tf.cumsum(tf.cast(processed, tf.int32), axis=1) > 0
+        if before is not None:
+            fill = before[:, None]
+    if layer.return_sequences:
+        outputs = _where(shown, outputs, fill)
     return last, outputs, states
+
+
+def _where(condition, x, other):
+    """`tf.where` by the first axes of `x`."""
+    missing = len(x.shape) - len(condition.shape)
+    return tf.where(condition[(..., *[None] * missing)], x, other)
 
 
 def _reversed_frames(sequences, lengths):
     if lengths is None:
         return tf.reverse(sequences, [1])
     return tf.reverse_sequence(sequences, lengths, seq_axis=1)
-
-
-def _shown(layer, mask, lengths, continues):
-    """Returns masks of the outputs (B, T, 1) and last outputs (B, 1) to keep.
-
-    Other outputs become zeros or, past the lengths, repeat the last output.
-    """
-    if lengths is not None:
-        shown = tf.sequence_mask(lengths, tf.shape(mask)[1])
-        last = tf.ones_like(lengths, tf.bool) if continues else lengths > 0
-        return shown[..., None], last[:, None]
-    if layer.zero_output_for_mask:
-        shown = mask
-    elif continues:
-        shown = tf.ones_like(mask)
-    else:
-        shown = tf.cumsum(tf.cast(mask, tf.int32), axis=1) > 0
-    return shown[..., None], shown[:, -1:]
 
 
 def _in_slices(function, rows):
