@@ -157,3 +157,46 @@ def test_a_layer_with_states_of_a_higher_rank(rng, tmp_path):
     answer = loaded.signatures["serve"](x=tf.constant(x), lengths=tf.constant(lengths))
     for row, n in enumerate(lengths):
         assert gap(answer["y"][row], model(x[row : row + 1, :n])[0]) <= TOLERANCE
+
+
+@pytest.mark.slow(but=["4"])
+@pytest.mark.parametrize("timesteps", [4, None])
+def test_masks_inside_time_distributed(timesteps, rng, tmp_path):
+    """Sentences of words: a mask (B, T, 5), of which each frame has a row."""
+    ids = keras.Input((timesteps, 5), dtype="int32", name="ids")
+    embedded = layers.Embedding(9, 3, mask_zero=True)(ids)
+    last = layers.TimeDistributed(keras_bnrnn.BNSimpleRNN(3))(embedded)
+    model = keras.Model(ids, layers.Dense(2, name="y")(last))
+    randomize_model(model, rng)
+    path = export_saved_model(model, tmp_path / "m", lengths=True, warmup=None)
+    loaded = tf.saved_model.load(path)
+    x = rng.integers(0, 3, (3, 4, 5)).astype("int32")
+    lengths = tf.constant([4, 1, 2])
+    found = loaded.signatures["serve"](ids=tf.constant(x), lengths=lengths)["y"]
+    expected = model(x)
+    for row, n in enumerate(lengths):
+        assert gap(found[row, :n], expected[row, :n]) <= TOLERANCE
+
+
+@pytest.mark.slow(but=["True-None"])
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize("mask_zero", [False, True])
+@pytest.mark.skipif(
+    not hasattr(layers, "ReversibleEmbedding"), reason="this Keras does not have it"
+)
+def test_an_embedding_with_its_own_call(mask_zero, quantize, rng, tmp_path):
+    embedding = layers.ReversibleEmbedding(9, 3, mask_zero=mask_zero)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    y = keras_bnrnn.BNSimpleRNN(3, return_sequences=True)(embedding(ids))
+    model = keras.Model(ids, {"y": embedding(y, reverse=True)})
+    randomize_model(model, rng)
+    path = export_saved_model(
+        model, tmp_path / "m", quantize=quantize, streaming=False, warmup=None
+    )
+    loaded = tf.saved_model.load(path)
+    lengths = np.array([3, 2, 2, 4, 1, 3], "int32")
+    found = loaded.signatures["serve"](ids=tf.constant(IDS), lengths=lengths)["y"]
+    for row, n in enumerate(lengths):
+        alone = model(IDS[row : row + 1, :n])["y"][0]
+        assert gap(found[row, :n], alone) <= (1e-2 if quantize else TOLERANCE)
+        assert not np.any(found[row, n:])

@@ -39,7 +39,8 @@ def served_copy(layer, tracing, weights):
             _run_frames_at_once(part, tracing)
     if isinstance(clone, keras.layers.Embedding):
         _pass_mask_on(clone)
-        _look_up_halves(clone, weights)
+        if type(clone).call is keras.layers.Embedding.call:
+            _look_up_halves(clone, weights)
     _join_lengths(clone, tracing)
     return clone
 
@@ -126,14 +127,23 @@ def _run_frames_at_once(time_distributed, tracing):
     If T is free, `TimeDistributed` of Keras 3.15 mistakes the batch size for T.
     """
 
+    layer = time_distributed.layer
+    takes_mask = "mask" in inspect.signature(layer.call).parameters
+
+    def as_frames(x):
+        frames = tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0))
+        frames.set_shape([None, *x.shape[2:]])
+        return frames
+
     def call(inputs, training=None, mask=None):
         shape = tf.shape(inputs)
-        frames = tf.reshape(inputs, tf.concat([[-1], shape[2:]], 0))
-        frames.set_shape([None, *inputs.shape[2:]])
+        options = {}
+        if takes_mask and mask is not None and len(mask.shape) > 2:
+            options["mask"] = as_frames(mask)
         now = tracing.call
         if now is not None:
             outer, now.in_frames = now.in_frames, True
-        y = time_distributed.layer(frames, training=False)
+        y = layer(as_frames(inputs), training=False, **options)
         if now is not None:
             now.in_frames = outer
         outputs = tf.reshape(y, tf.concat([shape[:2], tf.shape(y)[1:]], 0))
@@ -151,6 +161,8 @@ def _pass_mask_on(embedding):
         own = own_mask(inputs, mask)
         if own is None or mask is None:
             return mask if own is None else own
+        for _ in range(len(own.shape) - len(mask.shape)):
+            mask = mask[..., None]
         return keras.ops.logical_and(own, mask)
 
     embedding.compute_mask = compute_mask
