@@ -12,7 +12,9 @@ def example_inputs(model, interface, rows, timesteps, rng):
     """Draws random inputs of the shapes and dtypes that a model takes.
 
     Integer inputs are below the `input_dim` of every `Embedding`, or below 2 if the
-    model has no `Embedding`.
+    model has no `Embedding`. If a layer masks frames by their value, about a quarter of
+    the frames have this value, but never the first frame of a row: the mean over a row
+    without a valid frame is NaN.
 
     Args:
         model: A Sequential or Functional model.
@@ -24,11 +26,10 @@ def example_inputs(model, interface, rows, timesteps, rng):
     Returns:
         Dict from the name of each input to a tensor.
     """
-    sizes = [
-        layer.input_dim
-        for layer in sublayers(model)
-        if isinstance(layer, keras.layers.Embedding)
-    ]
+    parts = sublayers(model)
+    sizes = [x.input_dim for x in parts if isinstance(x, keras.layers.Embedding)]
+    masking = [x.mask_value for x in parts if isinstance(x, keras.layers.Masking)]
+    masks_zero = any(getattr(x, "mask_zero", False) for x in parts)
     examples = {}
     for name, x in interface.inputs.items():
         shape = [rows, *(1 if size is None else size for size in x.shape[1:])]
@@ -42,9 +43,22 @@ def example_inputs(model, interface, rows, timesteps, rng):
         elif dtype == tf.bool:
             value = rng.integers(0, 2, shape) == 1
         else:
-            value = rng.integers(0, min(sizes, default=2), shape)
+            size = min(sizes, default=2)
+            value = rng.integers(1 if masks_zero and size > 1 else 0, size, shape)
+        if name in interface.sequences:
+            if masking and dtype.is_floating and len(shape) > 2:
+                value[_some(shape[:-1], rng)] = masking[0]
+            elif masks_zero and dtype.is_integer:
+                value[_some(shape, rng)] = 0
         examples[name] = tf.constant(value, dtype)
     return examples
+
+
+def _some(shape, rng):
+    """Draws a boolean array, true at about a quarter of the frames after the first."""
+    some = rng.random(shape) < 0.25
+    some[:, :1] = some[..., :1] = False
+    return some
 
 
 def shortest_timesteps(model, interface):

@@ -10,6 +10,8 @@ from helpers import gap, randomize_model
 
 import keras_bnrnn
 from keras_bnrnn import export_saved_model
+from keras_bnrnn.export.examples import example_inputs
+from keras_bnrnn.export.interface import interface_of
 
 layers = keras.layers
 
@@ -200,3 +202,23 @@ def test_an_embedding_with_its_own_call(mask_zero, quantize, rng, tmp_path):
         alone = model(IDS[row : row + 1, :n])["y"][0]
         assert gap(found[row, :n], alone) <= (1e-2 if quantize else TOLERANCE)
         assert not np.any(found[row, n:])
+
+
+def test_examples_have_masked_frames(rng):
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    frames = keras.Input((None, 3), name="frames")
+    speaker = keras.Input((2,), dtype="int32", name="speaker")
+    steps = layers.Concatenate()(
+        [
+            layers.Embedding(50, 3, mask_zero=True)(ids),
+            layers.Masking(mask_value=2.0)(frames),
+        ]
+    )
+    last = layers.SimpleRNN(2)(steps)
+    outputs = layers.Concatenate()([last, layers.Dense(2)(speaker)])
+    model = keras.Model([ids, frames, speaker], outputs)
+    drawn = example_inputs(model, interface_of(model), 50, 40, rng)
+    for masked in (drawn["ids"] == 0, tf.reduce_all(drawn["frames"] == 2.0, -1)):
+        assert not np.any(masked[:, 0])
+        assert 0.2 < np.mean(masked[:, 1:]) < 0.3
+    assert drawn["speaker"].shape == (50, 2)
