@@ -307,6 +307,11 @@ def not_causal(kind):
         y = keras_bnrnn.BNGRU(4, go_backwards=True, name="turned")(x)
     elif kind == "convolution":
         y = layers.Conv1D(4, 3, padding="causal")(y(x))
+    elif kind == "behind relu":  # which is 0 for the first random weights
+        y = layers.SimpleRNN(2, return_sequences=True)(x)
+        y = layers.Conv1D(2, 2, padding="causal")(y)
+        for _ in range(2):
+            y = layers.Dense(1, activation="relu")(y)
     elif kind == "ahead":
         y = layers.Conv1D(4, 3, padding="same")(y(x))
     elif kind == "pooling":
@@ -338,6 +343,7 @@ def not_causal(kind):
         ("bidirectional", "'both' reads sequences from both ends"),
         ("backwards", "'turned' reads sequences from their end"),
         ("convolution", "several timesteps"),
+        ("behind relu", "several timesteps"),
         ("ahead", "several timesteps"),
         ("pooling", "several timesteps"),
         ("attention", "several timesteps"),
