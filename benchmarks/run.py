@@ -679,9 +679,8 @@ def report(data):
                 )
         if len(rows) > 1:
             lines += [
-                "The same of the first `fit` of 16 batches of a recurrent layer and a "
-                "`Dense` one, in a graph. `fit` does not know the size of a batch, and "
-                "traces the loops for batches of any size.",
+                "The same of the first `fit` of 16 full batches of a recurrent layer "
+                "and a `Dense` one, in a graph.",
                 "",
                 table(rows),
                 "",
