@@ -24,8 +24,8 @@ def run_turns(turn, start, end, values, step=1, length=1, exact=False):
         step: 1, or -1 to run to timesteps before `start`. Default: 1.
         length: The number of timesteps in each turn of the loop. Another loop runs the
             timesteps that are left. Default: 1.
-        exact: Whether `length` divides the number of timesteps, so that none are left.
-            Default: `False`. Not needed for ints, of which this is known.
+        exact: Whether the number of timesteps is a multiple of `length`, where `start`
+            or `end` is a tensor. Then there is no other loop. Default: `False`.
 
     Returns:
         The last values.
@@ -261,7 +261,7 @@ def _in_long_turns(body, carry, readers, specs, length, turn_length):
     if not isinstance(length, int) or count:
         carry, stacks = loop(carry, count, 0, turn_length)
         parts.append(stacks)
-    if not isinstance(length, int) or length % turn_length or not count:
+    if not _divides(turn_length, length) or not count:
         whole = count * turn_length
         carry, stacks = loop(carry, length - whole, whole, 1)
         parts.append(stacks)
@@ -479,7 +479,12 @@ def concatenated(handle, rows, width, dtype):
 
 
 def _divides(turn_length, length):
-    """Returns whether T, an int or a tensor, is known to be a multiple of a number."""
+    """Returns whether T is known to be a multiple of the timesteps of a turn.
+
+    Args:
+        turn_length: The number of timesteps of a turn.
+        length: T, an int or a tensor. Of a tensor it is not known.
+    """
     return isinstance(length, int) and length % turn_length == 0
 
 

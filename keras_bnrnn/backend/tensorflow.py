@@ -59,9 +59,10 @@ def cores():
 
 
 def traced_once(function):
-    """Returns a function that is traced once for all calls with tensors of one kind.
+    """Returns a function that is traced once for calls with equal shapes and dtypes.
 
-    TensorFlow copies it into the graph for each call, so calls run side by side.
+    TensorFlow copies its operations into the graph for each call when it optimises the
+    graph, so calls that do not depend on each other run side by side.
     """
     return tf.function(function, autograph=False)
 

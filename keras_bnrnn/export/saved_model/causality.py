@@ -8,7 +8,9 @@ from keras_bnrnn.export.comparison import gap
 from keras_bnrnn.export.names import TIME
 from keras_bnrnn.traversal import sublayers
 
-# How often the weights are drawn.
+# The number of draws of random weights. With one, a ReLU can be 0 at all frames, and
+# hide what the layers before it do. Each takes a tenth of a second of an export of some
+# four seconds.
 DRAWS = 4
 
 
@@ -40,20 +42,19 @@ def why_not_causal(served, serve, step):
     weights = served.model.get_weights()
     rng = np.random.default_rng(0)
     try:
-        gaps = []
         for _ in range(DRAWS):
             served.set_weights([_random_weight(v, rng) for v in served.model.weights])
-            gaps.append(_gap_of_steps(served, serve, step, rng))
-        largest = float(np.max(gaps))
+            largest = _gap_of_steps(served, serve, step, rng)
+            if not largest <= _tolerance(served.model):
+                return (
+                    "a layer other than a recurrent one looks at several timesteps: "
+                    "outputs of single frames and whole sequences differ by up to "
+                    f"{largest:.1g}"
+                )
     except (tf.errors.OpError, ValueError, TypeError) as error:
         return f"the model cannot process single frames: {error}"
     finally:
         served.set_weights(weights)
-    if not largest <= _tolerance(served.model):
-        return (
-            "a layer other than a recurrent one looks at several timesteps: outputs of "
-            f"single frames and whole sequences differ by up to {largest:.1g}"
-        )
     return None
 
 
