@@ -5,8 +5,6 @@ computes the recurrent product, the states, the results stacked over time, and t
 gradient. Tensors over time have the shape (T, B, ...), in the order of processing.
 """
 
-import functools
-
 from keras import ops
 
 from keras_bnrnn import backend
@@ -56,12 +54,6 @@ def time_loop(
     units = states[0].shape[-1]
     loop = loop._replace(schedule=loop.schedule.settled(timesteps, batch, units))
 
-    run = functools.partial(
-        _run,
-        return_sequences=return_sequences,
-        wants_states=wants_states,
-        derivative=derivative,
-    )
     sizes = [batch]
     if not loop.collected and not loop.schedule.unroll:
         is_block = block.runs_as_block(loop, weights, derivative)
@@ -73,13 +65,13 @@ def time_loop(
             sizes = [batch]
             schedule = loop.schedule._replace(sliced_from=slices.two_from)
             loop = loop._replace(schedule=schedule)
+    run = _Run(return_sequences, wants_states, derivative, traces_once=len(sizes) > 1)
     if len(sizes) == 1:
         return run(loop, inputs, states, weights, lengths)
 
-    run_slice = backend.traced_once(run)
     slices = _slices(sizes, loop, inputs, states, weights)
     results = [
-        run_slice(*slice_, lengths_s)
+        run(*slice_, lengths_s)
         for slice_, lengths_s in zip(slices, _split(lengths, sizes, 0), strict=True)
     ]
     outputs, last, _ = zip(*results, strict=True)
@@ -132,73 +124,127 @@ def _joined(lists, axis):
     return [ops.concatenate(parts, axis) for parts in zip(*lists, strict=True)]
 
 
-def _run(
-    loop, inputs, states, weights, lengths, return_sequences, wants_states, derivative
-):
-    """Does what `time_loop` does, in one loop."""
-    # The states at the end of a row are read from the states stacked over time.
-    stacks = int(return_sequences)
-    if lengths is not None:
-        stacks = len(states) if wants_states else 1
-    collected = []
-    if block.runs_as_block(loop, weights, derivative):
-        sequences, last = block.run(
-            loop, inputs, states, weights, stacks, lengths is None
-        )
-    else:
-        if derivative is None or not forward.projects_in_blocks(loop, weights):
-            inputs, weights = forward.projected(inputs, weights)
+class _Run:
+    """Does what `time_loop` does, in one loop. Calls share the functions they trace.
+
+    Only what differentiates the loops is outside these functions: around a function,
+    TensorFlow cannot differentiate a custom gradient again.
+
+    Args:
+        return_sequences, wants_states, derivative: As in `time_loop`.
+        traces_once: Whether there are several calls.
+    """
+
+    def __init__(self, return_sequences, wants_states, derivative, traces_once):
+        self._return_sequences = return_sequences
+        self._wants_states = wants_states
+        self._derivative = derivative
+        self._traced = backend.traced_once if traces_once else lambda function: function
+        self._differentiable = None
+
+    def __call__(self, loop, inputs, states, weights, lengths):
+        # The states at the end of a row are read from the states stacked over time.
+        stacks = int(self._return_sequences)
+        if lengths is not None:
+            stacks = len(states) if self._wants_states else 1
+        derivative = self._derivative
+        collected = []
         if derivative is None:
+            inputs, weights = forward.projected(inputs, weights)
             sequences, last, _, collected = forward.run(
                 loop, inputs, states, weights, stacks
             )
         else:
-            sequences, last = _differentiated(
-                loop, derivative, inputs, states, weights, stacks, lengths is None
-            )
-    if lengths is not None:
-        last = [at_end(*pair, lengths) for pair in zip(sequences, states, strict=False)]
-        last += states[stacks:]
-    return sequences[0] if return_sequences else None, last, collected
+            is_block = block.runs_as_block(loop, weights, derivative)
+            if not is_block and not forward.projects_in_blocks(loop, weights):
+                inputs, weights = forward.projected(inputs, weights)
+            if self._differentiable is None:
+                options = stacks, lengths is None, self._traced
+                self._differentiable = (
+                    block.Block(*options)
+                    if is_block
+                    else _Differentiated(derivative, *options)
+                )
+            sequences, last = self._differentiable(loop, inputs, states, weights)
+        if lengths is not None:
+            pairs = zip(sequences, states, strict=False)
+            last = [at_end(*pair, lengths) for pair in pairs] + states[stacks:]
+        return sequences[0] if self._return_sequences else None, last, collected
 
 
-def _differentiated(loop, derivative, inputs, states, weights, stacks, wants_last):
-    """Runs a loop whose gradient is that of `derivative`.
+class _Differentiated:
+    """Runs loops whose gradient is that of a `StepDerivative`.
 
     Args:
-        loop, derivative, inputs, states, weights: As in `time_loop`.
+        derivative: As in `time_loop`.
         stacks: The number of stacked states.
         wants_last: Whether last states are returned.
-
-    Returns:
-        The list of stacked states (T, B, U) and the list of last states (B, U).
+        traced: Function of a function that returns what to call in its place.
     """
-    in_loop = weights.in_loop()
-    count = len(states)
-    kept_as = None
 
-    def named(arguments):
-        inputs, *rest = arguments
-        tensors = dict(zip(in_loop, rest[count:], strict=True))
-        return inputs, rest[:count], weights.replaced(tensors)
+    def __init__(self, derivative, stacks, wants_last, traced):
+        self._derivative = derivative
+        self._stacks = stacks
+        self._wants_last = wants_last
+        self._kept_as = None
+        self._keep_all = traced(self._keep_all)
+        self._keep_nothing = traced(self._keep_nothing)
+        self._gradient = traced(self._gradient)
 
-    def flat(sequences, last):
-        return [*sequences, *(last if wants_last else [])]
+    def __call__(self, loop, inputs, states, weights):
+        """Returns the list of stacked states (T, B, U) and that of last states (B, U).
 
-    def plain(*arguments):
-        """Runs the loop so that the backend can differentiate it repeatedly."""
-        inputs, states, weights = named(arguments)
-        inputs, weights = forward.projected(inputs, weights)
-        sequences, last, _, _ = forward.run(loop, inputs, states, weights, stacks)
-        return flat(sequences, last)
+        Args:
+            loop, inputs, states, weights: As in `time_loop`.
+        """
+        in_loop = weights.in_loop()
+        keeps = loop.schedule.keeps
 
-    def forward_only(loop, inputs, states, weights):
+        def named(arguments):
+            inputs, *rest = arguments
+            n = len(states)
+            tensors = dict(zip(in_loop, rest[n:], strict=True))
+            return inputs, rest[:n], weights.replaced(tensors)
+
+        def plain(*arguments):
+            """Runs the loop so that the backend can differentiate it repeatedly."""
+            inputs, states, weights = named(arguments)
+            inputs, weights = forward.projected(inputs, weights)
+            found = forward.run(loop, inputs, states, weights, self._stacks)
+            return self._flat(*found[:2])
+
+        def run(*arguments):
+            if keeps:
+                return self._keep_all(loop, *named(arguments))
+            return self._keep_nothing(loop, *named(arguments)), []
+
+        def gradient(arguments, kept, upstream):
+            if not keeps:
+                _, kept = self._keep_all(loop, *named(arguments))
+            return self._gradient(loop, *named(arguments), list(kept), list(upstream))
+
+        function = backend.custom_gradient(plain, run, gradient)
+        results = list(function(inputs, *states, *in_loop.values()))
+        return results[: self._stacks], results[self._stacks :]
+
+    def _flat(self, sequences, last):
+        return [*sequences, *(last if self._wants_last else [])]
+
+    def _keep_all(self, loop, inputs, states, weights):
+        sequences, last, self._kept_as, _ = forward.run(
+            loop, inputs, states, weights, self._stacks, self._derivative, keeps=True
+        )
+        return self._flat(sequences, last), self._kept_as.tensors()
+
+    def _keep_nothing(self, loop, inputs, states, weights):
         """Runs the loop, a large batch of unknown size in slices."""
         least = loop.schedule.sliced_from
         if least is None:
             inputs, weights = forward.projected(inputs, weights)
-            found = forward.run(loop, inputs, states, weights, stacks, derivative)
-            return flat(*found[:2])
+            found = forward.run(
+                loop, inputs, states, weights, self._stacks, self._derivative
+            )
+            return self._flat(*found[:2])
 
         loop = loop._replace(schedule=loop.schedule._replace(sliced_from=None))
         tensors = loop, inputs, states, weights
@@ -209,42 +255,27 @@ def _differentiated(loop, derivative, inputs, states, weights, stacks, wants_las
             # Large batches gain least from long turns, which add to the first call.
             short = loop._replace(schedule=loop.schedule._replace(turn_length=1))
             slices = _slices(sizes, short, *tensors[1:])
-            found = [forward_only(*slice_) for slice_ in slices]
+            found = [self._keep_nothing(*slice_) for slice_ in slices]
             return [
-                *_joined([part[:stacks] for part in found], axis=1),
-                *_joined([part[stacks:] for part in found], axis=0),
+                *_joined([part[: self._stacks] for part in found], axis=1),
+                *_joined([part[self._stacks :] for part in found], axis=0),
             ]
 
-        return ops.cond(batch >= least, in_slices, lambda: forward_only(*tensors))
+        return ops.cond(batch >= least, in_slices, lambda: self._keep_nothing(*tensors))
 
-    def keep_all(*arguments):
-        nonlocal kept_as
-        sequences, last, kept_as, _ = forward.run(
-            loop, *named(arguments), stacks, derivative, keeps=True
-        )
-        return flat(sequences, last), kept_as.tensors()
-
-    def keep_nothing(*arguments):
-        return forward_only(loop, *named(arguments)), []
-
-    keeps = loop.schedule.keeps
-
-    def gradient(arguments, kept, upstream):
-        if not keeps:
-            _, kept = keep_all(*arguments)
-        d_sequences, d_last = list(upstream[:stacks]), list(upstream[stacks:])
-        if not wants_last:
+    def _gradient(self, loop, inputs, states, weights, kept, upstream):
+        """Returns the gradients of the inputs, the states and `weights.in_loop()`."""
+        d_sequences, d_last = upstream[: self._stacks], upstream[self._stacks :]
+        if not self._wants_last:
             d_last = [ops.zeros_like(state) for state in states]
         d_inputs, d_states, d_weights = backward.run(
             loop,
-            derivative,
-            *named(arguments),
-            kept_as.replaced(list(kept)),
+            self._derivative,
+            inputs,
+            states,
+            weights,
+            self._kept_as.replaced(kept),
             d_sequences,
             d_last,
         )
-        return [d_inputs, *d_states, *(d_weights[name] for name in in_loop)]
-
-    run = backend.custom_gradient(plain, keep_all if keeps else keep_nothing, gradient)
-    results = list(run(inputs, *states, *in_loop.values()))
-    return results[:stacks], results[stacks:]
+        return [d_inputs, *d_states, *(d_weights[name] for name in weights.in_loop())]

@@ -48,6 +48,10 @@ def arguments(rng, has_bias=True):
     return draw(T, B, D), [draw(B, U), draw(B, U)], weights
 
 
+def as_it_is(function):
+    return function
+
+
 def in_graph(function, *tensors):
     return tf.function(function, autograph=False)(*tensors)
 
@@ -67,7 +71,8 @@ def test_outputs_and_gradients(wants_last, stacks, has_bias, rng):
     def run(by_block, frames, h, c, kernel, recurrent_kernel, bias=None):
         weights = Weights(kernel, recurrent_kernel, bias)
         if by_block:
-            return block.run(LOOP, frames, [h, c], weights, stacks, wants_last)
+            run = block.Block(stacks, wants_last, as_it_is)
+            return run(LOOP, frames, [h, c], weights)
         frames, weights = forward.projected(frames, weights)
         sequences, last, _, _ = forward.run(LOOP, frames, [h, c], weights, stacks)
         return sequences, last if wants_last else []
@@ -94,10 +99,11 @@ def test_outputs_and_gradients(wants_last, stacks, has_bias, rng):
 @pytest.mark.parametrize("wants_last", [False, True])
 def test_what_second_derivatives_differentiate(wants_last, rng, monkeypatch):
     """A plain loop, whose results are those of the operations."""
-    given = LOOP, *arguments(rng), 2, wants_last
-    expected = in_graph(lambda: tf.nest.flatten(block.run(*given)))
+    given = LOOP, *arguments(rng)
+    run = block.Block(2, wants_last, as_it_is)
+    expected = in_graph(lambda: tf.nest.flatten(run(*given)))
     monkeypatch.setattr(backend, "custom_gradient", lambda plain, *_: plain)
-    found = in_graph(lambda: tf.nest.flatten(block.run(*given)))
+    found = in_graph(lambda: tf.nest.flatten(run(*given)))
     assert len(found) == (4 if wants_last else 2)
     for a, b in zip(found, expected, strict=True):
         assert gap(a, b) <= 1e-6  # float32 of order 1
@@ -111,11 +117,12 @@ def test_blocks_of_the_backward_loop_have_the_frames_of_all_rows(rng, monkeypatc
     def call(frames):
         with tf.GradientTape() as tape:
             tape.watch(frames)
-            sequences, _ = block.run(LOOP, frames, states, weights, 1, False)
+            run = block.Block(1, False, as_it_is)
+            sequences, _ = run(LOOP, frames, states, weights)
         return tape.gradient(sequences[0], frames)
 
     in_graph(call, frames)
-    assert rows == [B]
+    assert rows == [B, B]  # of the forward and of the backward loop
 
 
 def test_when_the_operations_run(rng, monkeypatch):

@@ -22,7 +22,7 @@ from test_gradients import (
 
 from keras_bnrnn import backend
 from keras_bnrnn.backend.context import simple_loops
-from keras_bnrnn.recurrence import block, schedule
+from keras_bnrnn.recurrence import schedule
 
 
 @pytest.fixture
@@ -169,8 +169,8 @@ def test_the_operations_of_a_block(sequences, masked, slices, rng, monkeypatch):
     for weight, value in zip(single.weights, double.weights, strict=True):
         weight.assign(value)
     used = []
-    run = block.run
-    monkeypatch.setattr(block, "run", lambda *a: used.append(1) or run(*a))
+    run = backend.block_forward
+    monkeypatch.setattr(backend, "block_forward", lambda *a: used.append(1) or run(*a))
     ours = results(
         single,
         "graph",
@@ -230,10 +230,13 @@ def test_a_block_of_any_size(slices, rng, monkeypatch):
             assert gap(a, b) <= 2e-5
 
 
-@pytest.mark.slow
-def test_second_derivatives_of_a_block(slices, rng, monkeypatch):
-    """Of a block and of the loop, both float32: 1e-4 of numbers of order 1 to 10."""
-    layer = KINDS["lstm"][0](U, return_sequences=True)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_second_derivatives_of_slices(kind, slices, rng, monkeypatch):
+    """Of slices (of blocks in an LSTM) and of the whole batch, both float32.
+
+    1e-4 of numbers of order 1 to 10.
+    """
+    layer = KINDS[kind][0](U, return_sequences=True)
     layer.build((B, T, D))
     randomize(layer, rng)
     x = tf.constant(rng.normal(size=(B, T, D)), tf.float32)
@@ -256,6 +259,7 @@ def test_second_derivatives_of_a_block(slices, rng, monkeypatch):
         return second(x)
 
     ours = penalty()
+    assert slices == [[3, 3]]
     whole(monkeypatch)
     for a, b in zip(ours, penalty(), strict=True):
         assert gap(a, b) <= 1e-4

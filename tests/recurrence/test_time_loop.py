@@ -543,15 +543,15 @@ def slices(monkeypatch):
     """What is asked about slices, the sizes of each loop, and the turns of slices."""
     seen = {"asked": [], "sizes": None, "loops": [], "turns": []}
     module = importlib.import_module("keras_bnrnn.recurrence.time_loop")
-    plain, plain_slices = module._run, module._slices
+    plain, plain_slices = module._Run.__call__, module._slices
 
     def slice_sizes(batch, least, count):
         seen["asked"].append((batch, least))
         return seen["sizes"] or [batch]
 
-    def recorded(loop, inputs, *arguments, **options):
+    def recorded(self, loop, inputs, *arguments):
         seen["loops"].append(inputs.shape[1])
-        return plain(loop, inputs, *arguments, **options)
+        return plain(self, loop, inputs, *arguments)
 
     def sliced(*arguments):
         slices = plain_slices(*arguments)
@@ -561,7 +561,7 @@ def slices(monkeypatch):
     monkeypatch.setattr(backend, "slice_sizes", slice_sizes)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT", 9 * U * U)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT_AT_INFERENCE", 9 * U * U)
-    monkeypatch.setattr(module, "_run", recorded)
+    monkeypatch.setattr(module._Run, "__call__", recorded)
     monkeypatch.setattr(module, "_slices", sliced)
     return seen
 
