@@ -43,12 +43,15 @@ def oracle(x, kernel, gamma, upstream, valid, axes):
     d_normalized = upstream * gamma * weight
     d_p = (d_normalized - mean(d_normalized)) / deviation
     d_p = (d_p - normalized * mean(d_normalized * normalized) / deviation) * weight
+    centred_x = (x - mean(x)) * weight
+    of_folded = np.einsum("btd,btf->df", centred_x, upstream * weight)
     return {
         "variance": variance,
         "outputs": gamma * normalized * weight,
         "inputs": d_p @ kernel.T,
         "kernel": np.einsum("btd,btf->df", x, d_p),
         "gamma": (upstream * normalized * weight).sum((0, 1)),
+        "terms of gamma": np.sum(np.abs(of_folded * kernel), axis=0) / deviation[0, 0],
     }
 
 
@@ -109,7 +112,14 @@ def test_layer(path, how, monkeypatch):
             assert np.max(np.abs(norm.moving_variance / variance - 1)) < 1e-3, level
         names = ("inputs", "kernel", "gamma")
         for name, gradient in zip(names, gradients, strict=True):
-            assert relative(gradient.numpy(), expected[name]) < within, (level, name)
+            bound = within
+            if path == "moments" and name == "gamma":
+                # It is the sum of these terms, one for each feature, and a term is a
+                # float32 sum of 1,600 products. How they are summed, and so the error,
+                # depends on the processor.
+                error = np.sqrt(1600) * 2**-24 * np.max(expected["terms of gamma"])
+                bound = max(within, error / np.max(np.abs(expected["gamma"])))
+            assert relative(gradient.numpy(), expected[name]) < bound, (level, name)
 
 
 @pytest.mark.slow(but=["1-eager", "30-graph", "100-eager", "1000-eager", "10000-eager"])
