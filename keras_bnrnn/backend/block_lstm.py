@@ -272,16 +272,17 @@ def _in_a_loop(
             of_recurrent + of_first,
             tf.reduce_sum(flat, axis=0),
         ]
-        return [*carry, *lists], d_gates, terms
+        return [*carry, *lists], [d_gates], terms
 
-    def finish(d_gates):
+    def finish(stacks):
+        (d_gates,) = stacks
         product = tf.matmul(_flat(d_gates), transposed_kernel)
         return tf.reshape(product, [tf.shape(d_gates)[0], rows, width])
 
     (dh, dc, *_), d_frames, sums = blocks_back(
         run_block,
         [*d_last, *kept],
-        ((states[0].shape[0], 4 * units), dtype),
+        [((states[0].shape[0], 4 * units), dtype)],
         timesteps,
         length,
         [

@@ -282,6 +282,7 @@ def scan_blocks(
     block,
     sums,
     of_block,
+    finished,
     finish,
     width,
     turns=None,
@@ -302,7 +303,8 @@ def scan_blocks(
         of_block: Function `(carry, stacks, start, end)` that returns the list of what
             the timesteps from `start` to before `end` add to the sums. `carry` is what
             the block starts from, `stacks` are its tensors (end - start, ...).
-        finish: Function that computes a tensor (n, B, F) from the first stack (n, ...)
+        finished: The indices of the stacks that `finish` gets.
+        finish: Function that computes a tensor (n, B, F) from a list of stacks (n, ...)
             of a block of n timesteps. Where nothing needs its results, TensorFlow does
             not call it.
         width: F.
@@ -323,7 +325,7 @@ def scan_blocks(
             in_place=in_place,
         )
         sums = added(sums, of_block(carry, stacks, 0, length))
-        return last, finish(stacks[0]), sums
+        return last, finish([stacks[i] for i in finished]), sums
 
     readers = [_reader(sequence, length, False) for sequence in sequences]
     exact = _divides(turn_length, length)
@@ -340,12 +342,13 @@ def scan_blocks(
             turn_length,
             exact,
         )
-        return carry, stacks[0], of_block(first, stacks, start, end)
+        stacks_left = [stacks[i] for i in finished]
+        return carry, stacks_left, of_block(first, stacks, start, end)
 
-    carry, finished, sums = blocks_back(
+    carry, results, sums = blocks_back(
         run_block,
         carry,
-        specs[0],
+        [specs[i] for i in finished],
         length,
         block,
         sums,
@@ -356,8 +359,8 @@ def scan_blocks(
     )
     known = length if isinstance(length, int) else None
     if turns is not None:
-        finished = tf.reshape(finished, [length, tf.shape(carry[0])[0], width])
-    return carry, tf.ensure_shape(finished, (known, *finished.shape[1:])), sums
+        results = tf.reshape(results, [length, tf.shape(carry[0])[0], width])
+    return carry, tf.ensure_shape(results, (known, *results.shape[1:])), sums
 
 
 def turns_back(body, carry, specs, start, end, turn_length=1, exact=False, last=None):
@@ -403,7 +406,7 @@ def turns_back(body, carry, specs, start, end, turn_length=1, exact=False, last=
 def blocks_back(
     run_block,
     carry,
-    spec,
+    specs,
     length,
     block,
     sums,
@@ -416,24 +419,25 @@ def blocks_back(
 
     Args:
         run_block: Function `(start, end, carry)` that runs the timesteps from the one
-            before `end` to `start`. It returns the next carry, a stack (end - start,
-            ...), and the list of what the block adds to the sums.
+            before `end` to `start`. It returns the next carry, a list of stacks
+            (end - start, ...), and the list of what the block adds to the sums.
         carry: List of tensors, the first carry. The first one has B rows.
-        spec: Shape and dtype of a timestep of the stack.
+        specs: Shape and dtype of a timestep of each stack.
         length, block, sums, width, turns: As for `scan_blocks`.
-        finish: As for `scan_blocks`, of the stack of a block.
+        finish: As for `scan_blocks`, of the stacks of a block.
         at_once: The number of blocks that may run at the same time. Default: 10.
 
     Returns:
         As `scan_blocks`. There are no finished timesteps if there is no turn.
     """
     blocks = _number_of_blocks(length, block, turns)
-    shape, dtype = tf.TensorShape(spec[0]), spec[1]
+    (batch, *_), dtype = specs[0]
 
-    def run(k, carry, sums, array):
+    def run(k, carry, sums, arrays):
         start, end = ends(k, block, length)
-        carry, stack, terms = run_block(start, end, list(carry))
-        return k - 1, tuple(carry), tuple(added(sums, terms)), array.write(k, stack)
+        carry, stacks, terms = run_block(start, end, list(carry))
+        arrays = tuple(a.write(k, s) for a, s in zip(arrays, stacks, strict=True))
+        return k - 1, tuple(carry), tuple(added(sums, terms)), arrays
 
     def array_of(shape):
         # The last block may be shorter.
@@ -444,21 +448,25 @@ def blocks_back(
             infer_shape=False,
         )
 
-    _, carry, sums, array = tf.while_loop(
+    arrays = tuple(array_of(tf.TensorShape(shape)) for shape, _ in specs)
+    _, carry, sums, arrays = tf.while_loop(
         lambda k, *_: k >= 0,
         run,
-        (blocks - 1, tuple(carry), tuple(sums), array_of(shape)),
+        (blocks - 1, tuple(carry), tuple(sums), arrays),
         parallel_iterations=at_once,
     )
-    rows, shape = tf.shape(carry[0])[0], (shape[0], width)
+    rows = tf.shape(carry[0])[0]
     # TensorFlow removes this loop if nothing needs what it computes.
     _, finished = tf.while_loop(
         lambda k, *_: k < blocks,
-        lambda k, finished: (k + 1, finished.write(k, finish(array.read(k)))),
-        (tf.constant(0), array_of(shape)),
+        lambda k, finished: (
+            k + 1,
+            finished.write(k, finish([array.read(k) for array in arrays])),
+        ),
+        (tf.constant(0), array_of((batch, width))),
     )
     finished = concatenated(finished.flow, rows, width, dtype)
-    return list(carry), tf.ensure_shape(finished, (None, *shape)), list(sums)
+    return list(carry), tf.ensure_shape(finished, (None, batch, width)), list(sums)
 
 
 def concatenated(handle, rows, width, dtype):

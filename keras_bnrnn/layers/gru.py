@@ -18,6 +18,7 @@ from keras_bnrnn.layers.arguments import (
 from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative, Weights
+from keras_bnrnn.recurrence.derivative import Parts, joined
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -251,9 +252,16 @@ class GRUDerivative(StepDerivative):
         (dh,), (factor, z) = gradients, factors
         return ops.concatenate([dh] * 4, axis=-1) * factor, [dh * z]
 
+    def parts(self, units):
+        return Parts([2 * units, units, units], (0, 1), (0, 2))
+
     def step_back(self, gradients, kept, before, after, weights):
         if not self._is_usual:
-            return super().step_back(gradients, kept, before, after, weights)
+            factors = self.factors(kept, before, after, weights)
+            gradient, others = self.pull_back(gradients, factors)
+            units = gradient.shape[-1] // 4
+            d_h, d_gates, d_b_h = backend.split(gradient, [units, 2 * units, units], -1)
+            return [d_gates, d_h, d_b_h], others
         gates, candidate, b_h = kept
         z, r = ops.split(gates, 2, axis=-1)
         (dh,) = gradients
@@ -261,9 +269,7 @@ class GRUDerivative(StepDerivative):
         d_h = (dh - dh_before) * (1 - candidate * candidate)
         d_z = dh * (before[0] - candidate)
         d_gates = ops.concatenate([d_z, d_h * b_h], axis=-1) * (gates * (1 - gates))
-        d_projected = ops.concatenate([d_gates, d_h], axis=-1)
-        d_recurrent = ops.concatenate([d_gates, d_h * r], axis=-1)
-        return d_projected, d_recurrent, [dh_before]
+        return [d_gates, d_h, d_h * r], [dh_before]
 
     def of_recurrent(self, gradient):
         return gradient[..., gradient.shape[-1] // 4 :]
@@ -274,11 +280,11 @@ class GRUDerivative(StepDerivative):
             [gradient[..., units : 3 * units], gradient[..., :units]], axis=-1
         )
 
-    def of_weights(self, gradient, before, after, weights):
+    def of_weights(self, parts, before, after, weights):
         if weights.more["recurrent_bias"] is None:
             return {}
-        flat = ops.reshape(gradient, (-1, gradient.shape[-1]))
-        return {"recurrent_bias": ops.sum(flat, axis=0)}
+        flat = [ops.reshape(part, (-1, part.shape[-1])) for part in parts]
+        return {"recurrent_bias": joined([ops.sum(part, axis=0) for part in flat])}
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

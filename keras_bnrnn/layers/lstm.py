@@ -20,6 +20,7 @@ from keras_bnrnn.layers.arguments import (
 from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative, Weights
+from keras_bnrnn.recurrence.derivative import joined
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -319,11 +320,11 @@ class LSTMDerivative(StepDerivative):
         dc = dc + dh * d_c
         return ops.concatenate([dc, dc, dc, dh], axis=-1) * d_a, [None, dc * d_c_before]
 
-    def of_weights(self, gradient, before, after, weights):
+    def of_weights(self, parts, before, after, weights):
         if weights.more["peephole_kernel"] is None:
             return {}
         c_before, c = before[1], after[1]
-        d_i, d_f, _, d_o = ops.split(gradient, 4, axis=-1)
+        d_i, d_f, _, d_o = ops.split(joined(parts), 4, axis=-1)
         products = [d_i * c_before, d_f * c_before, d_o * c]
         d_peephole = ops.stack([ops.sum(p, axis=(0, 1)) for p in products])
         return {"peephole_kernel": d_peephole}

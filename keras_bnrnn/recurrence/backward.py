@@ -7,9 +7,13 @@ values by timestep. The gradients of the weights are products of many timesteps:
 after the loop, or of a block of timesteps whose gradients are still in the cache.
 """
 
+import functools
+import operator
+
 from keras import ops
 
 from keras_bnrnn import backend
+from keras_bnrnn.recurrence.derivative import Parts, joined
 from keras_bnrnn.recurrence.kept import specs_of_states, specs_of_values
 from keras_bnrnn.recurrence.schedule import timesteps_of_block
 
@@ -39,17 +43,22 @@ def run(loop, derivative, inputs, states, weights, kept, d_sequences, d_last):
 
 
 def _of_weights(derivative, weights, inputs, d_projected, d_recurrent, before, after):
-    """Returns the dict of the gradients of `weights.in_loop()`, from some timesteps."""
+    """Returns the dict of the gradients of `weights.in_loop()`, from some timesteps.
+
+    The gradients of projection and recurrent product are lists of columns.
+    """
     d_weights = derivative.of_weights(d_recurrent, before, after, weights)
-    d_weights["recurrent_kernel"] = backend.transposed_times(
-        _flat(weights.dropped(before[0])), _flat(d_recurrent)
+    output = _flat(weights.dropped(before[0]))
+    d_weights["recurrent_kernel"] = joined(
+        [backend.transposed_times(output, _flat(part)) for part in d_recurrent]
     )
     if weights.kernel is not None:
-        d_weights["kernel"] = backend.transposed_times(
-            _flat(inputs), _flat(d_projected)
+        frames = _flat(inputs)
+        d_weights["kernel"] = joined(
+            [backend.transposed_times(frames, _flat(part)) for part in d_projected]
         )
     if weights.bias is not None:
-        d_weights["bias"] = ops.sum(_flat(d_projected), axis=0)
+        d_weights["bias"] = joined([ops.sum(_flat(d), axis=0) for d in d_projected])
     return d_weights
 
 
@@ -87,7 +96,7 @@ def _at_once(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         derivative.of_recurrent(gradient),
     )
     d_weights = _of_weights(
-        derivative, weights, inputs, d_projected, d_recurrent, before, after
+        derivative, weights, inputs, [d_projected], [d_recurrent], before, after
     )
     return d_projected, d_states, d_weights
 
@@ -108,10 +117,14 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         for pair in zip(kept.states, specs_of_states(states), strict=True)
     ]
     n, m = len(values), len(states)
-    through = _through(weights)
-    # Whether the gradients of projection and recurrent product are the same tensor.
     units, width = weights.recurrent_kernel.shape
-    joined = derivative.width(units) == width
+    parts = derivative.parts(units)
+    # XLA writes the gradient of the projection over one tensor that the loop kept.
+    in_parts = backend.in_plain_graph()
+    if not in_parts:
+        same = parts.projected == parts.recurrent
+        parts = Parts([width] if same else [width] * 2, (0,), (0,) if same else (1,))
+    through = _through(weights, [parts.widths[i] for i in parts.recurrent])
     names = list(weights.in_loop())
     widths = derivative.widths(units)[: kept.joined]
 
@@ -120,12 +133,15 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         if kept.joined > 1:
             values_t = [*backend.split(values_t[0], widths, -1), *values_t[1:]]
         gradients = _added(carry[:m], elements[n + m :])
-        d_projected, d_recurrent, others = derivative.step_back(
+        found, others = derivative.step_back(
             gradients, values_t, before_t, carry[m:], weights
         )
-        d_states = through(d_recurrent, gradients, others)
-        both = [d_projected] if joined else [d_projected, d_recurrent]
-        return [*d_states, *before_t], both
+        if not in_parts:
+            whole = derivative.parts(units)
+            sides = [whole.projected, whole.recurrent][: len(parts.widths)]
+            found = [joined([found[i] for i in side]) for side in sides]
+        d_states = through([found[i] for i in parts.recurrent], gradients, others)
+        return [*d_states, *before_t], found
 
     def of_block(carry, gradients, start, end):
         before_s = [
@@ -139,33 +155,36 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
             derivative,
             weights,
             inputs[start:end],
-            gradients[0],
-            gradients[-1],
+            [gradients[i] for i in parts.projected],
+            [gradients[i] for i in parts.recurrent],
             before_s,
             after_s,
         )
         return [found[name] for name in names]
 
     if weights.kernel is not None:
-        transposed_kernel = ops.transpose(weights.kernel)
+        transposed_kernels = _rows(
+            ops.transpose(weights.kernel), [parts.widths[i] for i in parts.projected]
+        )
 
     def of_inputs(d_projected):
         if weights.kernel is None:
-            return d_projected
-        product = ops.matmul(_flat(d_projected), transposed_kernel)
-        return ops.reshape(product, (*ops.shape(d_projected)[:2], inputs.shape[-1]))
+            return joined(d_projected)
+        product = _product(map(_flat, d_projected), transposed_kernels)
+        return ops.reshape(product, (*ops.shape(d_projected[0])[:2], inputs.shape[-1]))
 
     timesteps, rows = ops.shape(inputs)[:2]
-    spec = (states[0].shape[0], width), states[0].dtype
+    batch, dtype = states[0].shape[0], states[0].dtype
     carry, d_inputs, sums = backend.scan_blocks(
         body,
         [*d_last, *kept.last],
         [*values, *before, *d_sequences],
-        [spec] if joined else [spec, spec],
+        [((batch, n), dtype) for n in parts.widths],
         timesteps,
         timesteps_of_block(rows),
         [ops.zeros_like(weight) for weight in weights.in_loop().values()],
         of_block,
+        parts.projected,
         of_inputs,
         inputs.shape[-1],
         turns=loop.turns,
@@ -181,13 +200,25 @@ def _added(gradients, incoming):
     return [g + d for g, d in zip(gradients, incoming, strict=False)] + rest
 
 
-def _through(weights):
-    """Returns the function that backpropagates through one recurrent product."""
+def _through(weights, widths=None):
+    """Returns the function that backpropagates through one recurrent product.
+
+    Args:
+        weights: `Weights`.
+        widths: List of the widths of the parts in which the function gets the gradient
+            of the product. `None` (default): it gets one tensor.
+    """
     transposed = ops.transpose(weights.recurrent_kernel)
+    if widths is not None:
+        transposed = _rows(transposed, widths)
 
     def through(d_recurrent, gradients, others):
         """Returns the gradients of the states before the step, with none `None`."""
-        d_output = weights.dropped(ops.matmul(d_recurrent, transposed))
+        if widths is None:
+            d_output = ops.matmul(d_recurrent, transposed)
+        else:
+            d_output = _product(d_recurrent, transposed)
+        d_output = weights.dropped(d_output)
         first, *rest = others
         return [d_output if first is None else first + d_output] + [
             ops.zeros_like(d) if other is None else other
@@ -195,6 +226,17 @@ def _through(weights):
         ]
 
     return through
+
+
+def _product(parts, kernels):
+    """Computes the sum of the products of several matrices with as many kernels."""
+    products = [ops.matmul(*pair) for pair in zip(parts, kernels, strict=True)]
+    return functools.reduce(operator.add, products)
+
+
+def _rows(kernel, heights):
+    """Splits a kernel into parts of given numbers of rows."""
+    return [kernel] if len(heights) == 1 else backend.split(kernel, heights, 0)
 
 
 def _flat(sequence):

@@ -1,5 +1,29 @@
 """Defines the step of a cell and its derivative in closed form."""
 
+import typing
+
+from keras import ops
+
+
+class Parts(typing.NamedTuple):
+    """The tensors that hold the gradients of the two terms of the pre-activations.
+
+    Attributes:
+        widths: List of the widths of the tensors.
+        projected: The indices of those that are, side by side, the gradient (B, G*U) of
+            the input projection.
+        recurrent: The same for the recurrent product.
+    """
+
+    widths: list
+    projected: tuple
+    recurrent: tuple
+
+
+def joined(parts):
+    """Concatenates columns."""
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
+
 
 class StepDerivative:
     """A cell's elementwise step in two parts, and its derivative in closed form.
@@ -73,6 +97,14 @@ class StepDerivative:
         """
         raise NotImplementedError
 
+    def parts(self, units):
+        """Returns the `Parts` that `step_back` returns.
+
+        A derivative with different gradients of the input projection and the recurrent
+        product overrides both.
+        """
+        return Parts([self.width(units)], (0,), (0,))
+
     def step_back(self, gradients, kept, before, after, weights):
         """Backpropagates through one step, in a loop that computes factors by step.
 
@@ -83,12 +115,12 @@ class StepDerivative:
             kept, before, after, weights: As in `factors`, of one timestep.
 
         Returns:
-            The gradients (B, G*U) of the input projection and of the recurrent product,
-            and the list of the gradients of the states, as of `pull_back`.
+            The list of the tensors (B, ...) of `parts`, and the list of the gradients
+            of the states, as of `pull_back`.
         """
         factors = self.factors(kept, before, after, weights)
         gradient, others = self.pull_back(gradients, factors)
-        return self.of_projected(gradient), self.of_recurrent(gradient), others
+        return [gradient], others
 
     def of_recurrent(self, gradient):
         """Returns the gradient (..., G*U) of the recurrent product.
@@ -104,11 +136,12 @@ class StepDerivative:
         """
         return gradient
 
-    def of_weights(self, gradient, before, after, weights):
+    def of_weights(self, parts, before, after, weights):
         """Returns the gradients of weights other than recurrent kernel and bias.
 
         Args:
-            gradient: Tensor (T, B, G*U), that of the recurrent product.
+            parts: List of tensors (T, B, ...), side by side the gradient (T, B, G*U)
+                of the recurrent product.
             before, after: Lists of the states (T, B, U) before and after each step.
             weights: The `Weights` of the recurrence.
 

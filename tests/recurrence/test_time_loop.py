@@ -103,7 +103,8 @@ class Derivative(StepDerivative):
         da = dc + dh * c
         return da * slope, [None, RATE * dc + da * through_c]
 
-    def of_weights(self, gradient, before, after, weights):
+    def of_weights(self, parts, before, after, weights):
+        (gradient,) = parts
         return {"peephole": tf.reduce_sum(gradient * before[1], axis=[0, 1])}
 
 
