@@ -157,6 +157,39 @@ def backward(
     )
 
 
+def step_gradient(gate_i, gate_f, gate_o, candidate, c, c_before, dh, dc):
+    """Backpropagates through one step, except the recurrent product.
+
+    Args:
+        gate_i, gate_f, gate_o, candidate: The gates of the step, float32 (B, U).
+        c, c_before: The cell state after and before the step.
+        dh, dc: The gradients of the states after the step.
+
+    Returns:
+        The gradient (B, 4U) of the pre-activations in the order i, c, f, o, and that of
+        `c_before`.
+    """
+    units, dtype = gate_i.shape[-1], gate_i.dtype
+    step = tf.raw_ops.LSTMBlockCellGrad(
+        # The operation checks the shapes of these, and reads nothing else of them.
+        x=tf.zeros([tf.shape(c)[0], 1], dtype),
+        w=tf.zeros([1 + units, 4 * units], dtype),
+        b=tf.zeros([4 * units], dtype),
+        h_prev=c_before,
+        cs=c_before,
+        cs_prev=c_before,
+        i=gate_i,
+        f=gate_f,
+        o=gate_o,
+        ci=candidate,
+        co=tf.tanh(c),
+        cs_grad=dc,
+        h_grad=dh,
+        **_no_peephole(units, dtype),
+    )
+    return step.dicfo, step.cs_prev_grad
+
+
 def _in_one_operation(
     frames, states, kernel, recurrent_kernel, kept, d_sequences, d_last, turns
 ):
@@ -208,38 +241,16 @@ def _in_a_loop(
     dtype, width = frames.dtype, frames.shape[-1]
     units = recurrent_kernel.shape[0]
     timesteps, rows = tf.shape(frames)[0], tf.shape(frames)[1]
-    # The gradient of `LSTMBlockCellGrad` has the order i, c, f, o.
-    transposed = tf.transpose(_swapped(recurrent_kernel))
-    transposed_kernel = tf.transpose(_swapped(kernel))
-    no_peephole = _no_peephole(units, dtype)
-    # The operation checks the shapes of these, and reads nothing else of them.
-    no_input = tf.zeros([rows, 1], dtype)
-    no_kernel = tf.zeros([1 + units, 4 * units], dtype)
-    no_bias = tf.zeros([4 * units], dtype)
+    # As `step_gradient` orders the gates.
+    transposed = tf.transpose(swapped(recurrent_kernel))
+    transposed_kernel = tf.transpose(swapped(kernel))
 
     def step_back(t, values, c_before, dh, dc):
         """Returns the gradients of h and c before the step, and those of the gates."""
         h_gradient = dh + d_sequences[0][t] if d_sequences else dh
         c_gradient = dc + d_sequences[1][t] if len(d_sequences) > 1 else dc
-        gate_i, gate_f, gate_o, candidate, c = values
-        step = tf.raw_ops.LSTMBlockCellGrad(
-            x=no_input,
-            cs_prev=c_before,
-            h_prev=c_before,
-            w=no_kernel,
-            b=no_bias,
-            i=gate_i,
-            cs=c_before,
-            f=gate_f,
-            o=gate_o,
-            ci=candidate,
-            co=tf.tanh(c),
-            cs_grad=c_gradient,
-            h_grad=h_gradient,
-            **no_peephole,
-        )
-        through = tf.matmul(step.dicfo, transposed)
-        return [through, step.cs_prev_grad], [step.dicfo]
+        d_gates, dc_before = step_gradient(*values, c_before, h_gradient, c_gradient)
+        return [tf.matmul(d_gates, transposed), dc_before], [d_gates]
 
     def run_block(start, end, carry):
         dh, dc, *lists = carry
@@ -293,7 +304,7 @@ def _in_a_loop(
         width,
         turns,
     )
-    return [tf.reshape(d_frames, tf.shape(frames)), dh, dc, *map(_swapped, sums)]
+    return [tf.reshape(d_frames, tf.shape(frames)), dh, dc, *map(swapped, sums)]
 
 
 def _turns(timesteps, turns):
@@ -335,8 +346,8 @@ def _no_peephole(units, dtype):
     return {"wci": zeros, "wcf": zeros, "wco": zeros, "use_peephole": False}
 
 
-def _swapped(columns):
-    """Exchanges the second and the third gate of the columns of a tensor."""
+def swapped(columns):
+    """Exchanges the second and the third gate of the columns (..., 4U) of a tensor."""
     i, f, c, o = tf.split(columns, 4, axis=-1)
     return tf.concat([i, c, f, o], axis=-1)
 

@@ -10,10 +10,14 @@ import itertools
 import keras
 
 FusedKernel = None
-block_forward = block_backward = None
+block_forward = block_backward = lstm_step_gradient = None
 
 
 def has_block(name):
+    return False
+
+
+def products_by_onednn():
     return False
 
 

@@ -17,6 +17,7 @@ from keras_bnrnn.backend.context import (
 
 block_forward = _block_lstm.forward
 block_backward = _block_lstm.backward
+lstm_step_gradient = _block_lstm.step_gradient
 is_traced = _context.is_traced
 between = _loops.between
 scan = _loops.scan
@@ -271,6 +272,20 @@ def has_block(name):
         name: `"lstm"`, or another value, for which there are none.
     """
     return name == "lstm" and in_plain_graph() and not has_fused_kernels()
+
+
+def products_by_onednn():
+    """Returns whether TensorFlow multiplies matrices by oneDNN on this processor.
+
+    TensorFlow says so in a private module only. By default it does so on processors
+    with AVX-512.
+    """
+    try:
+        from tensorflow.python.util import _pywrap_util_port as port
+
+        return bool(port.IsMklEnabled())
+    except (ImportError, AttributeError):
+        return False
 
 
 def has_fused_kernels():

@@ -5,6 +5,8 @@ and runs it again in the loop. It requests the dropout mask before the probe, an
 the mask at the end. A cell treats these two calls as the start and the end of a
 sequence, and undoes the update of the probe, called the trial here. Keras documents
 none of this: `tests/layers/test_keras_rnn.py` fails if Keras changes it.
+
+`is_a_direction` relies on the names that `keras.layers.Bidirectional` gives.
 """
 
 import contextlib
@@ -22,6 +24,14 @@ from keras_bnrnn.checks import (
     check_training,
     naming_arguments,
 )
+
+
+def is_a_direction(layer):
+    """Returns whether a layer is one of the two of a `keras.layers.Bidirectional`.
+
+    Not for a `backward_layer` that the user gives another name. It affects speed only.
+    """
+    return layer.name.startswith(("forward_", "backward_"))
 
 
 class TrialStep:

@@ -262,6 +262,10 @@ class LSTMDerivative(StepDerivative):
         is_float32 = standardize_dtype(weights.recurrent_kernel.dtype) == "float32"
         return "lstm" if is_usual and is_float32 else None
 
+    def by_operation(self, weights):
+        is_block = backend.has_block(self.block_of(weights))
+        return LSTMOperation(self) if is_block else None
+
     def widths(self, units):
         return [4 * units]
 
@@ -328,6 +332,43 @@ class LSTMDerivative(StepDerivative):
         products = [d_i * c_before, d_f * c_before, d_o * c]
         d_peephole = ops.stack([ops.sum(p, axis=(0, 1)) for p in products])
         return {"peephole_kernel": d_peephole}
+
+
+class LSTMOperation(StepDerivative):
+    """The derivative of `BNLSTMCell.step` by TensorFlow's operation for one timestep.
+
+    It keeps the gates i, f, o and the candidate. The gradient has the order i, c, f, o.
+
+    Args:
+        derivative: `LSTMDerivative`.
+    """
+
+    def __init__(self, derivative):
+        self.block_of = derivative.block_of
+
+    def widths(self, units):
+        return [units] * 4
+
+    def width(self, units):
+        return 4 * units
+
+    def keep(self, projected, recurrent, states, weights):
+        i, f, candidate, o = ops.split(projected + recurrent, 4, axis=-1)
+        return [sigmoid(i), sigmoid(f), sigmoid(o), tanh(candidate)]
+
+    def advance(self, kept, states, weights):
+        i, f, o, candidate = kept
+        c = f * states[1] + i * candidate
+        return [o * ops.tanh(c), c]
+
+    def arranged(self, columns):
+        i, second, third, o = ops.split(columns, 4, axis=-1)
+        return ops.concatenate([i, third, second, o], axis=-1)
+
+    def step_back(self, gradients, kept, before, after, weights):
+        (_, c_before), (_, c) = before, after
+        d_gates, d_c_before = backend.lstm_step_gradient(*kept, c, c_before, *gradients)
+        return [d_gates], [None, d_c_before]
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

@@ -18,7 +18,7 @@ from keras_bnrnn.layers.cell import (
     gates_of,
     is_bounded,
 )
-from keras_bnrnn.layers.keras_rnn import LoopLayer
+from keras_bnrnn.layers.keras_rnn import LoopLayer, is_a_direction
 from keras_bnrnn.layers.normalizers import (
     BatchNormalizer,
     PopulationNormalizer,
@@ -221,7 +221,12 @@ class BNRNN(LoopLayer):
                 step_reads_valid=bool(in_loop),
                 bounded=is_bounded(cell),
                 collected=collected,
-                schedule=Schedule(self.unroll, training, cell.reads_ahead),
+                schedule=Schedule(
+                    self.unroll,
+                    training,
+                    cell.reads_ahead,
+                    has_company=is_a_direction(self),
+                ),
             ),
             x,
             initial_state,

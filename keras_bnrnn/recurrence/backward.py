@@ -70,7 +70,7 @@ def _at_once(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         for first, sequence in zip(states, after, strict=True)
     ]
     factors = derivative.factors(kept.values, before, after, weights)
-    through = _through(weights)
+    through = _through(weights, weights.recurrent_kernel)
 
     def body(gradients, elements):
         of_step, incoming = elements[: len(factors)], elements[len(factors) :]
@@ -124,7 +124,11 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
     if not in_parts:
         same = parts.projected == parts.recurrent
         parts = Parts([width] if same else [width] * 2, (0,), (0,) if same else (1,))
-    through = _through(weights, [parts.widths[i] for i in parts.recurrent])
+    through = _through(
+        weights,
+        derivative.arranged(weights.recurrent_kernel),
+        [parts.widths[i] for i in parts.recurrent],
+    )
     names = list(weights.in_loop())
     widths = derivative.widths(units)[: kept.joined]
 
@@ -164,12 +168,13 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
 
     if weights.kernel is not None:
         transposed_kernels = _rows(
-            ops.transpose(weights.kernel), [parts.widths[i] for i in parts.projected]
+            ops.transpose(derivative.arranged(weights.kernel)),
+            [parts.widths[i] for i in parts.projected],
         )
 
     def of_inputs(d_projected):
         if weights.kernel is None:
-            return joined(d_projected)
+            return derivative.arranged(joined(d_projected))
         product = _product(map(_flat, d_projected), transposed_kernels)
         return ops.reshape(product, (*ops.shape(d_projected[0])[:2], inputs.shape[-1]))
 
@@ -191,7 +196,10 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         in_place=0 if kept.joined else None,
         turn_length=loop.schedule.turn_length,
     )
-    return d_inputs, carry[:m], dict(zip(names, sums, strict=True))
+    d_weights = dict(zip(names, sums, strict=True))
+    for name in {"kernel", "recurrent_kernel", "bias"} & d_weights.keys():
+        d_weights[name] = derivative.arranged(d_weights[name])
+    return d_inputs, carry[:m], d_weights
 
 
 def _added(gradients, incoming):
@@ -200,15 +208,16 @@ def _added(gradients, incoming):
     return [g + d for g, d in zip(gradients, incoming, strict=False)] + rest
 
 
-def _through(weights, widths=None):
+def _through(weights, kernel, widths=None):
     """Returns the function that backpropagates through one recurrent product.
 
     Args:
         weights: `Weights`.
+        kernel: Tensor (U, G*U).
         widths: List of the widths of the parts in which the function gets the gradient
             of the product. `None` (default): it gets one tensor.
     """
-    transposed = ops.transpose(weights.recurrent_kernel)
+    transposed = ops.transpose(kernel)
     if widths is not None:
         transposed = _rows(transposed, widths)
 

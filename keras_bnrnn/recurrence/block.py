@@ -4,11 +4,15 @@ from keras import ops
 
 from keras_bnrnn import backend
 from keras_bnrnn.recurrence import forward
-from keras_bnrnn.recurrence.schedule import runs_in_one_operation, timesteps_of_block
+from keras_bnrnn.recurrence.schedule import (
+    multiplies_by_loop,
+    runs_in_one_operation,
+    timesteps_of_block,
+)
 
 
 def runs_as_block(loop, weights, derivative):
-    """Returns whether `run` can do what the time loop would do in training.
+    """Returns whether `Block` does what the time loop would do in training.
 
     Args:
         loop: `Loop`.
@@ -23,6 +27,7 @@ def runs_as_block(loop, weights, derivative):
         and weights.recurrent_dropout_mask is None
         and derivative is not None
         and backend.has_block(derivative.block_of(weights))
+        and not multiplies_by_loop(weights.kernel, weights.recurrent_kernel)
     )
 
 

@@ -44,6 +44,19 @@ class StepDerivative:
         """
         return None
 
+    def by_operation(self, weights):
+        """Returns a derivative that runs best one timestep after another in a graph.
+
+        Its `step_back` is an operation of the backend. It has no `factors`.
+
+        Args:
+            weights: As in `block_of`.
+
+        Returns:
+            `StepDerivative`, or `None` if there is no such operation.
+        """
+        return None
+
     def widths(self, units):
         """Returns the list of the widths of the values that `keep` returns."""
         raise NotImplementedError
@@ -104,6 +117,13 @@ class StepDerivative:
         product overrides both.
         """
         return Parts([self.width(units)], (0,), (0,))
+
+    def arranged(self, columns):
+        """Brings the columns (..., G*U) of a weight in the order of `parts`, and back.
+
+        By default they have this order.
+        """
+        return columns
 
     def step_back(self, gradients, kept, before, after, weights):
         """Backpropagates through one step, in a loop that computes factors by step.

@@ -55,8 +55,9 @@ def time_loop(
     loop = loop._replace(schedule=loop.schedule.settled(timesteps, batch, units))
 
     sizes = [batch]
-    if not loop.collected and not loop.schedule.unroll:
-        is_block = block.runs_as_block(loop, weights, derivative)
+    is_block = block.runs_as_block(loop, weights, derivative)
+    has_company = loop.schedule.has_company and not is_block
+    if not loop.collected and not loop.schedule.unroll and not has_company:
         slices = slices_of(weights, is_block, loop.schedule.keeps)
         count = 4 if isinstance(batch, int) and batch in slices.four else 2
         sizes = backend.slice_sizes(batch, slices.two_from, count)
@@ -156,6 +157,8 @@ class _Run:
             )
         else:
             is_block = block.runs_as_block(loop, weights, derivative)
+            if not is_block and loop.schedule.by_step and loop.schedule.keeps:
+                derivative = derivative.by_operation(weights) or derivative
             if not is_block and not forward.projects_in_blocks(loop, weights):
                 inputs, weights = forward.projected(inputs, weights)
             if self._differentiable is None:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_bnrnn import BNGRU, BNLSTM, BNLSTMCell, BNSimpleRNN, BNSimpleRNNCell
-from keras_bnrnn.layers.keras_rnn import is_inside_rnn_call
+from keras_bnrnn.layers.keras_rnn import is_a_direction, is_inside_rnn_call
 
 T = 3
 
@@ -30,6 +30,15 @@ class Listener(keras.layers.SimpleRNNCell):
         assert is_inside_rnn_call()
         self.heard.append("step")
         return super().call(sequence, states, training)
+
+
+def test_the_names_of_directions():
+    layer = keras.layers.Bidirectional(BNGRU(2, name="mine"))
+    copy = keras.layers.Bidirectional.from_config(layer.get_config())
+    for wrapper in (layer, copy):
+        assert is_a_direction(wrapper.forward_layer)
+        assert is_a_direction(wrapper.backward_layer)
+    assert not is_a_direction(BNGRU(2)) and not is_a_direction(BNGRU(2, name="mine"))
 
 
 @pytest.mark.parametrize("graph", [False, True])

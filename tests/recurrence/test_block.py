@@ -1,5 +1,10 @@
 """The operations for whole sequences, against the loop of an LSTM defined here."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,6 +18,7 @@ from keras_bnrnn.recurrence import (
     Weights,
     block,
     forward,
+    schedule,
     time_loop,
 )
 
@@ -140,6 +146,27 @@ def test_when_the_operations_run(rng, monkeypatch):
     assert not block.runs_as_block(LOOP, dropped, Block())
     assert not block.runs_as_block(LOOP, weights, None)
     assert not block.runs_as_block(LOOP, weights, StepDerivative())
+    for limit in ((D + U) * 4 * U, (D + U) * 4 * U - 1):
+        monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", limit)
+        for onednn in (False, True):
+            monkeypatch.setattr(backend, "products_by_onednn", lambda on=onednn: on)
+            is_large = limit < (D + U) * 4 * U
+            assert block.runs_as_block(LOOP, weights, Block()) != (onednn and is_large)
+
+
+def test_whether_tensorflow_uses_onednn():
+    """A private function of TensorFlow says so; a product in a profile would too."""
+    for value in ("0", "1"):
+        code = "from keras_bnrnn import backend; print(backend.products_by_onednn())"
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "TF_ENABLE_ONEDNN_OPTS": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        has_onednn = platform.machine() in ("x86_64", "AMD64")
+        assert found.stdout.strip() == str(value == "1" and has_onednn)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -4,6 +4,7 @@ The same layer is run twice. Once its batch is large enough for the path under t
 Once the path is switched off, the loop is whole, and TensorFlow differentiates it.
 """
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -188,6 +189,63 @@ def test_the_operations_of_a_block(sequences, masked, slices, rng, monkeypatch):
         assert gap(a, b) <= 2e-5
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("statistics", ["sequence", "frame"])
+@pytest.mark.parametrize("rows", [None, B])
+def test_the_operation_of_a_timestep(
+    rows, statistics, masked, slices, rng, monkeypatch
+):
+    """It is float32: 2e-5 of numbers of order 1, against the loop in float64.
+
+    It runs where a block does not: by frame-wise statistics there is no kernel in the
+    loop, and products of many weights are left to oneDNN.
+    """
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
+    monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", 0)
+    mask = tf.constant(random_mask(rng, B, T)) if masked else None
+    states, x = states_of("lstm", rng), tf.constant(rng.normal(size=(B, T, D)))
+    double = make("lstm", rng, return_sequences=True, statistics=statistics)
+    single = KINDS["lstm"][0](
+        U,
+        return_state=True,
+        return_sequences=True,
+        statistics=statistics,
+        momentum=0.9,
+    )
+    single.build((B, T, D))
+    for weight, value in zip(single.weights, double.weights, strict=True):
+        weight.assign(value)
+    used = []
+    run = backend.lstm_step_gradient
+    monkeypatch.setattr(
+        backend, "lstm_step_gradient", lambda *a: used.append(1) or run(*a)
+    )
+
+    def found(layer):
+        specs = [tf.TensorSpec((rows, *x.shape[1:]), layer.dtype)]
+        specs += [tf.TensorSpec((rows, U), layer.dtype)] * 2
+
+        @tf.function(input_signature=specs, autograph=False)
+        def gradients(x, h, c):
+            weights = [w.value for w in layer.trainable_variables]
+            with tf.GradientTape() as tape:
+                tape.watch([x, h, c])
+                outputs = layer(x, initial_state=[h, c], mask=mask, training=True)
+                loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
+            return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
+
+        return gradients(*[tf.cast(tensor, layer.dtype) for tensor in (x, *states)])
+
+    ours = found(single)
+    assert used and slices == [[3, 3]] if rows else len(slices[0]) == 2
+    used.clear()
+    whole(monkeypatch)
+    theirs = found(double)
+    assert not used
+    for a, b in zip(ours, theirs, strict=True):
+        assert gap(a, b) <= 2e-5
+
+
 def test_a_block_of_any_size(slices, rng, monkeypatch):
     """One trace: the gradient of a block is one operation, or a loop, by rows.
 
@@ -228,6 +286,17 @@ def test_a_block_of_any_size(slices, rng, monkeypatch):
     for ours, theirs in zip(found, gradients(double), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert gap(a, b) <= 2e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_two_directions_are_two_loops(training, slices, rng):
+    """Two loops at the same time leave no core for slices; blocks are no such loops."""
+    x = tf.constant(rng.normal(size=(B, T, D)), tf.float32)
+    for kind in ("gru", "lstm"):
+        layer = keras.layers.Bidirectional(KINDS[kind][0](U))
+        layer.build(x.shape)
+        tf.function(lambda x, layer=layer: layer(x, training=training))(x)
+        assert slices == ([[3, 3]] * 2 if kind == "lstm" and training else [])
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])

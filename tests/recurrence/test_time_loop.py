@@ -286,7 +286,7 @@ def test_sequences_and_all_states_are_returned_by_default(rng):
 def test_the_default_of_loop_and_schedule():
     loop = Loop(step, None)
     assert loop[2:] == (None, False, False, (), None, True, Schedule())
-    assert Schedule() == (False, True, False, False, None, 1)
+    assert Schedule() == (False, True, False, False, False, None, 1)
 
 
 def test_collected_tensors_are_stacked(rng):
