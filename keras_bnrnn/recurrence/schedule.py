@@ -43,8 +43,8 @@ ONE_OPERATION_ALONE = 2**18
 ONE_OPERATION_IN_SLICES = 2**20
 
 # Where oneDNN multiplies matrices, the operations for whole sequences, which do not use
-# it, are slower than a loop with more weights than this. An LSTM of 128 units on 128
-# inputs takes 1.0 to 1.4 times as long by them, and one of 64 units on 64 inputs 0.85 to
+# it, are slower than a loop with more weights than this. By them, an LSTM of 128 units
+# on 128 inputs takes 1.0 to 1.4 times as long, and one of 64 units on 64 inputs 0.85 to
 # 1.1 times.
 BLOCK_WEIGHTS_WITH_ONEDNN = 2**16
 
