@@ -30,7 +30,9 @@ LEAST_SLICED_PRODUCT_OF_BLOCK = 2**17
 # by side take 115 us, four of (64, 64) . (64, 192) two by two 60 us. So a loop that
 # keeps nothing runs in four slices where these have fewer cycles, and two have more;
 # in 0.8 to 0.95 of the time. Not with fewer rows than these: each product reads all
-# weights. In training, where memory is the limit, four slices take as long as two.
+# weights. In training, where memory is the limit, four slices take as long as two. Not
+# with oneDNN either, which computes products of this size on one core; four slices then
+# take 1.2 times as long as two.
 CYCLES_ON_ONE_CORE = 210_000
 LEAST_ROWS_OF_FOUR_SLICES = 16
 
@@ -152,6 +154,8 @@ def slices_of(weights, is_block=False, keeps=True):
         return Slices(two_from)
 
     two_from = least(LEAST_SLICED_ROWS, LEAST_SLICED_PRODUCT_AT_INFERENCE)
+    if backend.products_by_onednn():
+        return Slices(two_from)
     most = int(CYCLES_ON_ONE_CORE / (width * (units / 8 + 1 / 1.5)))
     if most < LEAST_ROWS_OF_FOUR_SLICES:
         return Slices(two_from)

@@ -85,6 +85,7 @@ def test_four_slices_at_inference(masked, differentiated, slices, rng, monkeypat
     cycles_of_a_row = 3 * U * (U / 8 + 1 / 1.5)
     monkeypatch.setattr(schedule, "CYCLES_ON_ONE_CORE", 2.5 * cycles_of_a_row)
     monkeypatch.setattr(schedule, "LEAST_ROWS_OF_FOUR_SLICES", 1)
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: False)
     mask = tf.constant(random_mask(rng, B, T)) if masked else None
     states, x = states_of("gru", rng), tf.constant(rng.normal(size=(B, T, D)))
     layer = make("gru", rng, return_sequences=True)

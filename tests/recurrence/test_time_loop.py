@@ -717,11 +717,14 @@ def test_the_least_rows_of_slices_of_a_block(units, rows):
         (256, 4, 8, range(0)),
     ],
 )
-def test_slices_at_inference(units, gates, two_from, four):
+def test_slices_at_inference(units, gates, two_from, four, monkeypatch):
     """2 ** 19 multiplications for two slices, and four slices where TensorFlow splits
     the products of two, but not of four: 210,000 cycles of 8 multiplications each, and
-    8 for every 12 results."""
+    8 for every 12 results. oneDNN does not split them."""
     weights = Weights(None, tf.zeros((units, gates * units)))
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
+    assert schedule.slices_of(weights, keeps=False) == (two_from, range(0))
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: False)
     assert schedule.slices_of(weights, keeps=False) == (two_from, four)
     if four:
         for rows, fits in ((four[0] - 1, 2), (four[0], None), (four[-1], 4)):
