@@ -120,7 +120,8 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
     units, width = weights.recurrent_kernel.shape
     parts = derivative.parts(units)
     # XLA writes the gradient of the projection over one tensor that the loop kept.
-    in_parts = backend.in_plain_graph()
+    # Without oneDNN a product of each part costs more than to concatenate them.
+    in_parts = backend.in_plain_graph() and backend.products_by_onednn()
     if not in_parts:
         same = parts.projected == parts.recurrent
         parts = Parts([width] if same else [width] * 2, (0,), (0,) if same else (1,))

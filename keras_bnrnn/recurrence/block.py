@@ -5,17 +5,18 @@ from keras import ops
 from keras_bnrnn import backend
 from keras_bnrnn.recurrence import forward
 from keras_bnrnn.recurrence.schedule import (
-    multiplies_by_loop,
+    is_faster_by_loop,
     runs_in_one_operation,
     timesteps_of_block,
 )
 
 
-def runs_as_block(loop, weights, derivative):
+def runs_as_block(loop, rows, weights, derivative):
     """Returns whether `Block` does what the time loop would do in training.
 
     Args:
         loop: `Loop`.
+        rows: The number of rows of the batch, an int or a tensor.
         weights: `Weights`, with a kernel if the input is not projected yet.
         derivative: `StepDerivative`, or `None`.
     """
@@ -27,7 +28,9 @@ def runs_as_block(loop, weights, derivative):
         and weights.recurrent_dropout_mask is None
         and derivative is not None
         and backend.has_block(derivative.block_of(weights))
-        and not multiplies_by_loop(weights.kernel, weights.recurrent_kernel)
+        and not is_faster_by_loop(
+            rows, weights.kernel, weights.recurrent_kernel, loop.schedule.has_company
+        )
     )
 
 

@@ -45,9 +45,11 @@ ONE_OPERATION_ALONE = 2**18
 ONE_OPERATION_IN_SLICES = 2**20
 
 # Where oneDNN multiplies matrices, the operations for whole sequences, which do not use
-# it, are slower than a loop with more weights than this. By them, an LSTM of 128 units
-# on 128 inputs takes 1.0 to 1.4 times as long, and one of 64 units on 64 inputs 0.85 to
-# 1.1 times.
+# it, are slower than a loop from this many multiplications on in the products of a
+# timestep: an LSTM takes up to 1.4 times as long by them, and with fewer 0.75 to 1.0 of
+# the time. The number is that of weights if the number of rows is unknown. Of the two
+# directions of a bidirectional LSTM, loops are faster from half as many.
+BLOCK_PRODUCT_WITH_ONEDNN = 2**22
 BLOCK_WEIGHTS_WITH_ONEDNN = 2**16
 
 # The number of timesteps in a turn of a loop that TensorFlow's executor runs. It
@@ -184,14 +186,21 @@ def runs_in_one_operation(rows, alone, kernel, recurrent_kernel):
     return rows <= ops.where(alone, most_alone, most_in_slices)
 
 
-def multiplies_by_loop(kernel, recurrent_kernel):
-    """Returns whether a loop's products save more than operations for sequences do.
+def is_faster_by_loop(rows, kernel, recurrent_kernel, has_company=False):
+    """Returns whether a loop is faster than the operations for whole sequences.
 
     Args:
+        rows: The number of rows of the batch, an int or a tensor.
         kernel, recurrent_kernel: Tensors (D, G*U) and (U, G*U).
+        has_company: As in `Schedule`. Default: `False`.
     """
-    product = (kernel.shape[0] + recurrent_kernel.shape[0]) * kernel.shape[-1]
-    return product > BLOCK_WEIGHTS_WITH_ONEDNN and backend.products_by_onednn()
+    if not backend.products_by_onednn():
+        return False
+    weights = (kernel.shape[0] + recurrent_kernel.shape[0]) * kernel.shape[-1]
+    loops = 2 if has_company else 1
+    if not isinstance(rows, int):
+        return loops * weights >= BLOCK_WEIGHTS_WITH_ONEDNN
+    return loops * rows * weights >= BLOCK_PRODUCT_WITH_ONEDNN
 
 
 def timesteps_of_block(rows):

@@ -55,7 +55,7 @@ def time_loop(
     loop = loop._replace(schedule=loop.schedule.settled(timesteps, batch, units))
 
     sizes = [batch]
-    is_block = block.runs_as_block(loop, weights, derivative)
+    is_block = block.runs_as_block(loop, batch, weights, derivative)
     has_company = loop.schedule.has_company and not is_block
     if not loop.collected and not loop.schedule.unroll and not has_company:
         slices = slices_of(weights, is_block, loop.schedule.keeps)
@@ -66,7 +66,7 @@ def time_loop(
             sizes = [batch]
             schedule = loop.schedule._replace(sliced_from=slices.two_from)
             loop = loop._replace(schedule=schedule)
-    run = _Run(return_sequences, wants_states, derivative, traces_once=len(sizes) > 1)
+    run = _Run(return_sequences, wants_states, derivative, is_block, len(sizes) > 1)
     if len(sizes) == 1:
         return run(loop, inputs, states, weights, lengths)
 
@@ -133,13 +133,17 @@ class _Run:
 
     Args:
         return_sequences, wants_states, derivative: As in `time_loop`.
+        is_block: Whether operations for whole sequences run.
         traces_once: Whether there are several calls.
     """
 
-    def __init__(self, return_sequences, wants_states, derivative, traces_once):
+    def __init__(
+        self, return_sequences, wants_states, derivative, is_block, traces_once
+    ):
         self._return_sequences = return_sequences
         self._wants_states = wants_states
         self._derivative = derivative
+        self._is_block = is_block
         self._traced = backend.traced_once if traces_once else lambda function: function
         self._differentiable = None
 
@@ -156,16 +160,15 @@ class _Run:
                 loop, inputs, states, weights, stacks
             )
         else:
-            is_block = block.runs_as_block(loop, weights, derivative)
-            if not is_block and loop.schedule.by_step and loop.schedule.keeps:
+            if not self._is_block and loop.schedule.by_step and loop.schedule.keeps:
                 derivative = derivative.by_operation(weights) or derivative
-            if not is_block and not forward.projects_in_blocks(loop, weights):
+            if not self._is_block and not forward.projects_in_blocks(loop, weights):
                 inputs, weights = forward.projected(inputs, weights)
             if self._differentiable is None:
                 options = stacks, lengths is None, self._traced
                 self._differentiable = (
                     block.Block(*options)
-                    if is_block
+                    if self._is_block
                     else _Differentiated(derivative, *options)
                 )
             sequences, last = self._differentiable(loop, inputs, states, weights)

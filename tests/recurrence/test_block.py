@@ -135,23 +135,33 @@ def test_when_the_operations_run(rng, monkeypatch):
     """If all of the conditions hold, and not if one of them does not."""
     monkeypatch.setattr(backend, "has_block", lambda name: name == "lstm")
     _, _, weights = arguments(rng)
-    assert block.runs_as_block(LOOP, weights, Block())
+
+    def runs(loop=LOOP, weights=weights, derivative=Block(), rows=B):  # noqa: B008
+        return block.runs_as_block(loop, rows, weights, derivative)
+
+    assert runs()
     other = LOOP._replace(schedule=Schedule(by_step=False))
-    assert not block.runs_as_block(other, weights, Block())
+    assert not runs(other)
     other = LOOP._replace(schedule=Schedule(by_step=True, keeps=False))
-    assert not block.runs_as_block(other, weights, Block())
-    assert not block.runs_as_block(LOOP._replace(bounded=False), weights, Block())
-    assert not block.runs_as_block(LOOP, weights._replace(kernel=None), Block())
+    assert not runs(other)
+    assert not runs(LOOP._replace(bounded=False))
+    assert not runs(weights=weights._replace(kernel=None))
     dropped = weights._replace(recurrent_dropout_mask=tf.ones((B, U)))
-    assert not block.runs_as_block(LOOP, dropped, Block())
-    assert not block.runs_as_block(LOOP, weights, None)
-    assert not block.runs_as_block(LOOP, weights, StepDerivative())
-    for limit in ((D + U) * 4 * U, (D + U) * 4 * U - 1):
-        monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", limit)
-        for onednn in (False, True):
-            monkeypatch.setattr(backend, "products_by_onednn", lambda on=onednn: on)
-            is_large = limit < (D + U) * 4 * U
-            assert block.runs_as_block(LOOP, weights, Block()) != (onednn and is_large)
+    assert not runs(weights=dropped)
+    assert not runs(derivative=None)
+    assert not runs(derivative=StepDerivative())
+    weights_count = (D + U) * 4 * U
+    monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", weights_count + 1)
+    monkeypatch.setattr(schedule, "BLOCK_PRODUCT_WITH_ONEDNN", (B + 1) * weights_count)
+    alongside = LOOP._replace(schedule=Schedule(by_step=True, has_company=True))
+    for onednn in (False, True):
+        monkeypatch.setattr(backend, "products_by_onednn", lambda on=onednn: on)
+        assert runs() and runs(rows=tf.constant(B))
+        assert runs(rows=B + 1) == (not onednn)
+        assert runs(alongside) == runs(alongside, rows=tf.constant(B)) == (not onednn)
+        assert runs(alongside, rows=B // 2)
+    monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", weights_count)
+    assert runs() and not runs(rows=tf.constant(B))
 
 
 def test_whether_tensorflow_uses_onednn():

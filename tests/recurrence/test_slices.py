@@ -190,6 +190,30 @@ def test_the_operations_of_a_block(sequences, masked, slices, rng, monkeypatch):
         assert gap(a, b) <= 2e-5
 
 
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("statistics", ["sequence", "frame"])
+@pytest.mark.parametrize("variant", [{}, {"activation": "gelu", "use_bias": False}])
+def test_the_parts_of_a_gradient(variant, statistics, onednn, slices, rng, monkeypatch):
+    """With oneDNN a GRU has three, of which two are the gradient of each product."""
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: onednn)
+    states, x = states_of("gru", rng), tf.constant(rng.normal(size=(B, T, D)))
+    layer = make("gru", rng, return_sequences=True, statistics=statistics, **variant)
+    seen = []
+    split = backend.split
+
+    def recorded(x, sizes, axis):
+        seen.append((axis, list(sizes)))
+        return split(x, sizes, axis)
+
+    monkeypatch.setattr(backend, "split", recorded)
+    ours = results(layer, "graph", x, states, None, True)
+    assert ((0, [2 * U, U]) in seen) == onednn  # the rows of transposed kernels
+    whole(monkeypatch)
+    theirs = results(layer, "graph", x, states, None, True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert gap(a, b) <= 1e-11
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("statistics", ["sequence", "frame"])
 @pytest.mark.parametrize("rows", [None, B])
@@ -203,6 +227,7 @@ def test_the_operation_of_a_timestep(
     """
     monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
     monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", 0)
+    monkeypatch.setattr(schedule, "BLOCK_PRODUCT_WITH_ONEDNN", 0)
     mask = tf.constant(random_mask(rng, B, T)) if masked else None
     states, x = states_of("lstm", rng), tf.constant(rng.normal(size=(B, T, D)))
     double = make("lstm", rng, return_sequences=True, statistics=statistics)
