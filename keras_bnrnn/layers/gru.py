@@ -252,7 +252,7 @@ class GRUDerivative(StepDerivative):
         (dh,), (factor, z) = gradients, factors
         return ops.concatenate([dh] * 4, axis=-1) * factor, [dh * z]
 
-    def parts(self, units):
+    def parts(self, units, width):
         return Parts([2 * units, units, units], (0, 1), (0, 2))
 
     def step_back(self, gradients, kept, before, after, weights):

@@ -118,7 +118,7 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
     ]
     n, m = len(values), len(states)
     units, width = weights.recurrent_kernel.shape
-    parts = derivative.parts(units)
+    parts = whole = derivative.parts(units, width)
     # XLA writes the gradient of the projection over one tensor that the loop kept.
     # Without oneDNN a product of each part costs more than to concatenate them.
     in_parts = backend.in_plain_graph() and backend.products_by_onednn()
@@ -142,7 +142,6 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
             gradients, values_t, before_t, carry[m:], weights
         )
         if not in_parts:
-            whole = derivative.parts(units)
             sides = [whole.projected, whole.recurrent][: len(parts.widths)]
             found = [joined([found[i] for i in side]) for side in sides]
         d_states = through([found[i] for i in parts.recurrent], gradients, others)

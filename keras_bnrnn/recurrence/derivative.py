@@ -110,13 +110,23 @@ class StepDerivative:
         """
         raise NotImplementedError
 
-    def parts(self, units):
+    def parts(self, units, width):
         """Returns the `Parts` that `step_back` returns.
 
-        A derivative with different gradients of the input projection and the recurrent
-        product overrides both.
+        Args:
+            units: U.
+            width: G*U.
         """
-        return Parts([self.width(units)], (0,), (0,))
+        if self._has_one_gradient():
+            return Parts([width], (0,), (0,))
+        return Parts([width, width], (0,), (1,))
+
+    def _has_one_gradient(self):
+        """Returns whether projection and recurrent product have the same gradient."""
+        return (
+            type(self).of_projected is StepDerivative.of_projected
+            and type(self).of_recurrent is StepDerivative.of_recurrent
+        )
 
     def arranged(self, columns):
         """Brings the columns (..., G*U) of a weight in the order of `parts`, and back.
@@ -140,7 +150,9 @@ class StepDerivative:
         """
         factors = self.factors(kept, before, after, weights)
         gradient, others = self.pull_back(gradients, factors)
-        return [gradient], others
+        if self._has_one_gradient():
+            return [gradient], others
+        return [self.of_projected(gradient), self.of_recurrent(gradient)], others
 
     def of_recurrent(self, gradient):
         """Returns the gradient (..., G*U) of the recurrent product.
