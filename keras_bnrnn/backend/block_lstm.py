@@ -157,10 +157,13 @@ def backward(
     )
 
 
-def step_gradient(gate_i, gate_f, gate_o, candidate, c, c_before, dh, dc):
+def step_gradient(
+    recurrent_kernel, gate_i, gate_f, gate_o, candidate, c, c_before, dh, dc
+):
     """Backpropagates through one step, except the recurrent product.
 
     Args:
+        recurrent_kernel: Tensor (U, 4U), of which only the shape matters.
         gate_i, gate_f, gate_o, candidate: The gates of the step, float32 (B, U).
         c, c_before: The cell state after and before the step.
         dh, dc: The gradients of the states after the step.
@@ -171,9 +174,10 @@ def step_gradient(gate_i, gate_f, gate_o, candidate, c, c_before, dh, dc):
     """
     units, dtype = gate_i.shape[-1], gate_i.dtype
     step = tf.raw_ops.LSTMBlockCellGrad(
-        # The operation checks the shapes of these, and reads nothing else of them.
-        x=tf.zeros([tf.shape(c)[0], 1], dtype),
-        w=tf.zeros([1 + units, 4 * units], dtype),
+        # The operation checks the shapes of these, and reads nothing else of them. With
+        # an input of width 0 no other weights, large zeros, are made in each turn.
+        x=tf.zeros([tf.shape(c)[0], 0], dtype),
+        w=recurrent_kernel,
         b=tf.zeros([4 * units], dtype),
         h_prev=c_before,
         cs=c_before,
@@ -249,7 +253,9 @@ def _in_a_loop(
         """Returns the gradients of h and c before the step, and those of the gates."""
         h_gradient = dh + d_sequences[0][t] if d_sequences else dh
         c_gradient = dc + d_sequences[1][t] if len(d_sequences) > 1 else dc
-        d_gates, dc_before = step_gradient(*values, c_before, h_gradient, c_gradient)
+        d_gates, dc_before = step_gradient(
+            recurrent_kernel, *values, c_before, h_gradient, c_gradient
+        )
         return [tf.matmul(d_gates, transposed), dc_before], [d_gates]
 
     def run_block(start, end, carry):

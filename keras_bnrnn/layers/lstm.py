@@ -354,7 +354,7 @@ class LSTMOperation(StepDerivative):
 
     def keep(self, projected, recurrent, states, weights):
         i, f, candidate, o = ops.split(projected + recurrent, 4, axis=-1)
-        return [sigmoid(i), sigmoid(f), sigmoid(o), tanh(candidate)]
+        return [ops.sigmoid(i), ops.sigmoid(f), ops.sigmoid(o), ops.tanh(candidate)]
 
     def advance(self, kept, states, weights):
         i, f, o, candidate = kept
@@ -367,7 +367,9 @@ class LSTMOperation(StepDerivative):
 
     def step_back(self, gradients, kept, before, after, weights):
         (_, c_before), (_, c) = before, after
-        d_gates, d_c_before = backend.lstm_step_gradient(*kept, c, c_before, *gradients)
+        d_gates, d_c_before = backend.lstm_step_gradient(
+            weights.recurrent_kernel, *kept, c, c_before, *gradients
+        )
         return [d_gates], [None, d_c_before]
 
 
