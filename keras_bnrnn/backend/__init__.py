@@ -21,6 +21,7 @@ has_fused_kernels = _module.has_fused_kernels
 in_plain_graph = _module.in_plain_graph
 is_traced = _module.is_traced
 lstm_step_gradient = _module.lstm_step_gradient
+lstm_swapped = _module.lstm_swapped
 plus_bias = _module.plus_bias
 product_and_bias = _module.product_and_bias
 products_by_onednn = _module.products_by_onednn

@@ -10,7 +10,7 @@ import itertools
 import keras
 
 FusedKernel = None
-block_forward = block_backward = lstm_step_gradient = None
+block_forward = block_backward = lstm_step_gradient = lstm_swapped = None
 
 
 def has_block(name):

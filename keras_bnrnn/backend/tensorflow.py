@@ -18,6 +18,7 @@ from keras_bnrnn.backend.context import (
 block_forward = _block_lstm.forward
 block_backward = _block_lstm.backward
 lstm_step_gradient = _block_lstm.step_gradient
+lstm_swapped = _block_lstm.swapped
 is_traced = _context.is_traced
 between = _loops.between
 scan = _loops.scan

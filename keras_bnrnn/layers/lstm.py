@@ -349,9 +349,6 @@ class LSTMOperation(StepDerivative):
     def widths(self, units):
         return [units] * 4
 
-    def width(self, units):
-        return 4 * units
-
     def keep(self, projected, recurrent, states, weights):
         i, f, candidate, o = ops.split(projected + recurrent, 4, axis=-1)
         return [ops.sigmoid(i), ops.sigmoid(f), ops.sigmoid(o), ops.tanh(candidate)]
@@ -362,8 +359,7 @@ class LSTMOperation(StepDerivative):
         return [o * ops.tanh(c), c]
 
     def arranged(self, columns):
-        i, second, third, o = ops.split(columns, 4, axis=-1)
-        return ops.concatenate([i, third, second, o], axis=-1)
+        return backend.lstm_swapped(columns)
 
     def step_back(self, gradients, kept, before, after, weights):
         (_, c_before), (_, c) = before, after
