@@ -8,6 +8,7 @@ else:
     from keras_bnrnn.backend import missing as _module
 
 FusedKernel = _module.FusedKernel
+add_n = _module.add_n
 between = _module.between
 block_backward = _module.block_backward
 block_forward = _module.block_forward
@@ -31,11 +32,13 @@ require_time_loop = _module.require_time_loop
 run_by_executor = _module.run_by_executor
 scan = _module.scan
 scan_blocks = _module.scan_blocks
+sigmoid_gradient = _module.sigmoid_gradient
 slice_sizes = _module.slice_sizes
 split = _module.split
 summary_writer = _module.summary_writer
 sum_over_replicas = _module.sum_over_replicas
 transposed_times = _module.transposed_times
+tanh_gradient = _module.tanh_gradient
 traced_once = _module.traced_once
 unstacked = _module.unstacked
 value_and_slope = _module.value_and_slope

@@ -94,9 +94,9 @@ def scan(
         turns: The number of turns, T or 0, an int or a tensor. Stacked tensors are 0 if
             there is no turn. `None` (default): T.
         prepare: Function that computes, from a block (n, ...) of the first sequence,
-            the block that the loop reads instead. It needs `in_plain_graph()`, and has
-            no effect on the other sequences. Not with `unroll`, `reverse` or `ahead`.
-            Default: `None`.
+            the list of the blocks that the loop reads instead. It needs
+            `in_plain_graph()`, and has no effect on the other sequences. Not with
+            `unroll`, `reverse` or `ahead`. Default: `None`.
         block: The number of timesteps of a block, an int or a tensor. Only with
             `prepare`.
         in_place: Index of a tensor to stack. XLA writes its stack over the first
@@ -191,7 +191,8 @@ def scan(
             prepared = prepare(sequences[0][start:end])
 
             def elements_of_block(i):
-                return prepared[i - start], *(read(i) for read in readers[1:])
+                first = [block[i - start] for block in prepared]
+                return *first, *(read(i) for read in readers[1:])
 
             return k + 1, *run(start, end, carry, arrays, elements_of_block)
 

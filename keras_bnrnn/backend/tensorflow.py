@@ -79,6 +79,21 @@ def plus_bias(product, bias):
     return tf.nn.bias_add(product, bias)
 
 
+def add_n(tensors):
+    """Adds tensors of one shape."""
+    return tensors[0] if len(tensors) == 1 else tf.add_n(tensors)
+
+
+def sigmoid_gradient(y, gradient):
+    """Backpropagates through `y = sigmoid(x)`."""
+    return tf.raw_ops.SigmoidGrad(y=y, dy=gradient)
+
+
+def tanh_gradient(y, gradient):
+    """Backpropagates through `y = tanh(x)`."""
+    return tf.raw_ops.TanhGrad(y=y, dy=gradient)
+
+
 def split(x, sizes, axis):
     """Splits a tensor along an axis into parts of given sizes, ints or tensors.
 

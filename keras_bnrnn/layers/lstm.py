@@ -20,7 +20,7 @@ from keras_bnrnn.layers.arguments import (
 from keras_bnrnn.layers.cell import BNCell
 from keras_bnrnn.layers.rnn import BNRNN
 from keras_bnrnn.recurrence import StepDerivative, Weights
-from keras_bnrnn.recurrence.derivative import joined
+from keras_bnrnn.recurrence.derivative import Parts, joined
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")
@@ -266,6 +266,10 @@ class LSTMDerivative(StepDerivative):
         is_block = backend.has_block(self.block_of(weights))
         return LSTMOperation(self) if is_block else None
 
+    def by_gate(self, weights):
+        is_usual = self._is_by_tanh(weights.recurrent_kernel, weights)
+        return LSTMGates() if is_usual and backend.in_plain_graph() else None
+
     def widths(self, units):
         return [4 * units]
 
@@ -367,6 +371,44 @@ class LSTMOperation(StepDerivative):
             weights.recurrent_kernel, *kept, c, c_before, *gradients
         )
         return [d_gates], [None, d_c_before]
+
+
+class LSTMGates(StepDerivative):
+    """The derivative of `BNLSTMCell.step` with the usual activations, gate by gate.
+
+    It keeps the gates i, f, o and the candidate.
+    """
+
+    gates = 4
+
+    def widths(self, units):
+        return [units] * 4
+
+    def keep(self, projected, recurrent, states, weights):
+        pairs = zip(projected, recurrent, strict=True)
+        i, f, candidate, o = [x + h for x, h in pairs]
+        return [ops.sigmoid(i), ops.sigmoid(f), ops.sigmoid(o), ops.tanh(candidate)]
+
+    def advance(self, kept, states, weights):
+        i, f, o, candidate = kept
+        c = f * states[1] + i * candidate
+        return [o * ops.tanh(c), c]
+
+    def parts(self, units, width):
+        return Parts([units] * 4, (0, 1, 2, 3), (0, 1, 2, 3))
+
+    def step_back(self, gradients, kept, before, after, weights):
+        (i, f, o, candidate), (dh, dc) = kept, gradients
+        (_, c_before), (_, c) = before, after
+        tanh_c = ops.tanh(c)
+        dc = dc + backend.tanh_gradient(tanh_c, dh * o)
+        d_gates = [
+            backend.sigmoid_gradient(i, dc * candidate),
+            backend.sigmoid_gradient(f, dc * c_before),
+            backend.tanh_gradient(candidate, dc * i),
+            backend.sigmoid_gradient(o, dh * tanh_c),
+        ]
+        return d_gates, [None, dc * f]
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

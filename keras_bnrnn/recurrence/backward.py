@@ -7,9 +7,6 @@ values by timestep. The gradients of the weights are products of many timesteps:
 after the loop, or of a block of timesteps whose gradients are still in the cache.
 """
 
-import functools
-import operator
-
 from keras import ops
 
 from keras_bnrnn import backend
@@ -240,7 +237,7 @@ def _through(weights, kernel, widths=None):
 def _product(parts, kernels):
     """Computes the sum of the products of several matrices with as many kernels."""
     products = [ops.matmul(*pair) for pair in zip(parts, kernels, strict=True)]
-    return functools.reduce(operator.add, products)
+    return products[0] if len(products) == 1 else backend.add_n(products)
 
 
 def _rows(kernel, heights):

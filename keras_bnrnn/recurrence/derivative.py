@@ -34,7 +34,13 @@ class StepDerivative:
 
     A time loop calls `factors` with the tensors of all timesteps at once, (T, B, ...),
     or `step_back` with those of one timestep, (B, ...), whichever is faster.
+
+    Attributes:
+        gates: In how many tensors of equal width, side by side, `keep` gets each of the
+            two terms of the pre-activations. If more than one: as a list. Default: 1.
     """
+
+    gates = 1
 
     def block_of(self, weights):
         """Returns the name of the backend's operations with these equations, or `None`.
@@ -57,6 +63,20 @@ class StepDerivative:
         """
         return None
 
+    def by_gate(self, weights):
+        """Returns a derivative that gets the terms of each gate as tensors of its own.
+
+        In a plain graph the gates of a timestep then run side by side. It has no
+        `factors`.
+
+        Args:
+            weights: As in `block_of`.
+
+        Returns:
+            `StepDerivative`, or `None` if there is none for these equations.
+        """
+        return None
+
     def widths(self, units):
         """Returns the list of the widths of the values that `keep` returns."""
         raise NotImplementedError
@@ -69,8 +89,8 @@ class StepDerivative:
         """Returns the list of the values (B, ...) that the forward loop keeps.
 
         Args:
-            projected: Tensor (B, G*U), the input projection.
-            recurrent: Tensor (B, G*U), the recurrent product.
+            projected: Tensor (B, G*U), the input projection; or `gates` tensors.
+            recurrent: Tensor (B, G*U), the recurrent product; or `gates` tensors.
             states: List of tensors (B, U), the states before the step.
             weights: The `Weights` of the recurrence.
         """

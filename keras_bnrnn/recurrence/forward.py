@@ -131,10 +131,16 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         # there.
         inputs = ops.where(loop.valid, inputs, inputs[:1])
     timesteps, rows = ops.shape(inputs)[:2]
+    gates = derivative.gates if keeps else 1
+    kernels = _columns(kernel, gates)
     prepare = None
     if weights.kernel is not None:
-        prepare = functools.partial(_product, kernel=weights.kernel, bias=weights.bias)
+        pairs = zip(
+            _columns(weights.kernel, gates), _columns(weights.bias, gates), strict=True
+        )
+        prepare = functools.partial(_products, pairs=list(pairs))
         weights = weights._replace(kernel=None, bias=None)
+    sequences = [inputs] if prepare or gates == 1 else _by_gate(inputs, gates)
     count = stacks
     if keeps and not schedule.by_step:
         count = len(states)
@@ -150,21 +156,24 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
             specs += specs_of_states(states)
 
     def body(states, elements):
-        projected_t, valid_t = [*elements, None][:2]
+        projected, valid_t = elements[: len(elements) - reads_valid], None
+        if reads_valid:
+            valid_t = elements[-1]
         # Kept uncleared: the backward loop also reads them as the states after the
         # previous step.
         before = states if schedule.by_step else []
         if clears:
             states = [ops.where(valid_t, s, ops.zeros_like(s)) for s in states]
         if weights.bias is not None:
-            projected_t = projected_t + weights.bias
-        recurrent_t = ops.matmul(weights.dropped(states[0]), kernel)
+            projected = [projected[0] + weights.bias]
+        output = weights.dropped(states[0])
+        recurrent = [ops.matmul(output, columns) for columns in kernels]
+        if gates == 1:
+            (projected,), (recurrent,) = projected, recurrent
         if not keeps:
-            new, collected = loop.step(
-                projected_t, recurrent_t, states, weights, valid_t
-            )
+            new, collected = loop.step(projected, recurrent, states, weights, valid_t)
             return new, [*new[:count], *collected]
-        values = derivative.keep(projected_t, recurrent_t, states, weights)
+        values = derivative.keep(projected, recurrent, states, weights)
         new = derivative.advance(values, states, weights)
         if joined:
             values = [ops.concatenate(values[:joined], axis=-1), *values[joined:]]
@@ -173,7 +182,7 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
     last, results = backend.scan(
         body,
         states,
-        [inputs, loop.valid] if reads_valid else [inputs],
+        [*sequences, loop.valid] if reads_valid else sequences,
         specs,
         timesteps,
         unroll=schedule.unroll,
@@ -198,6 +207,30 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         joined,
     )
     return sequences[:stacks], last, kept, []
+
+
+def _products(frames, pairs):
+    """Computes the `_product` of frames with each pair of a kernel and a bias."""
+    return [_product(frames, *pair) for pair in pairs]
+
+
+def _by_gate(projected, gates):
+    """Splits a projection (T, B, G*U) into the list of those of its gates.
+
+    The backend reads a timestep of the transposed projection without a copy.
+    """
+    units = projected.shape[-1] // gates
+    shape = (*ops.shape(projected)[:2], gates, units)
+    return ops.unstack(
+        ops.transpose(ops.reshape(projected, shape), (2, 0, 1, 3)), gates
+    )
+
+
+def _columns(x, count):
+    """Splits the columns of a tensor in equal parts, or `None` into as many."""
+    if x is None:
+        return [None] * count
+    return [x] if count == 1 else ops.split(x, count, axis=-1)
 
 
 def _clears(loop):

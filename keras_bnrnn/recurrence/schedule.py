@@ -45,12 +45,17 @@ ONE_OPERATION_ALONE = 2**18
 ONE_OPERATION_IN_SLICES = 2**20
 
 # Where oneDNN multiplies matrices, the operations for whole sequences, which do not use
-# it, are slower than a loop from this many multiplications on in the products of a
-# timestep: an LSTM takes up to 1.4 times as long by them, and with fewer 0.75 to 1.0 of
-# the time. The number is that of weights if the number of rows is unknown. Of the two
-# directions of a bidirectional LSTM, loops are faster from half as many.
+# it, are slower than a loop from this many weights on, or from this many
+# multiplications in the products of a timestep: an LSTM takes up to 1.4 times as long
+# by them, and with fewer 0.75 to 1.0 of the time. In the two directions of a
+# bidirectional LSTM loops are faster from half as many, and the weights decide only if
+# the number of rows is unknown.
 BLOCK_PRODUCT_WITH_ONEDNN = 2**22
 BLOCK_WEIGHTS_WITH_ONEDNN = 2**16
+
+# With oneDNN the gates of an LSTM run side by side, instead of slices of the batch:
+# 0.7 to 1.0 of the time. With more rows than this slices take 0.92 to 1.0 of that.
+MOST_ROWS_BY_GATE = 192
 
 # The number of timesteps in a turn of a loop that TensorFlow's executor runs. It
 # schedules some 25 operations of the loop itself in each turn. A loop takes 0.75 to 1.0
@@ -197,10 +202,29 @@ def is_faster_by_loop(rows, kernel, recurrent_kernel, has_company=False):
     if not backend.products_by_onednn():
         return False
     weights = (kernel.shape[0] + recurrent_kernel.shape[0]) * kernel.shape[-1]
-    loops = 2 if has_company else 1
+    if has_company:
+        weights *= 2
     if not isinstance(rows, int):
-        return loops * weights >= BLOCK_WEIGHTS_WITH_ONEDNN
-    return loops * rows * weights >= BLOCK_PRODUCT_WITH_ONEDNN
+        return weights >= BLOCK_WEIGHTS_WITH_ONEDNN
+    if weights >= BLOCK_WEIGHTS_WITH_ONEDNN and not has_company:
+        return True
+    return rows * weights >= BLOCK_PRODUCT_WITH_ONEDNN
+
+
+def runs_by_gate(schedule, rows):
+    """Returns whether a loop in a plain graph computes its gates side by side.
+
+    Each gate has a product of its own. oneDNN computes it on one core, and another gate
+    has the other core, so the batch needs no slices. Two directions fill the cores
+    already, and need as few operations as possible.
+
+    Args:
+        schedule: `Schedule`.
+        rows: The number of rows of the batch, an int or a tensor.
+    """
+    if isinstance(rows, int) and rows > MOST_ROWS_BY_GATE:
+        return False
+    return backend.products_by_onednn() and not schedule.has_company
 
 
 def timesteps_of_block(rows):

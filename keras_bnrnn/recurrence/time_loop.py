@@ -11,7 +11,7 @@ from keras_bnrnn import backend
 from keras_bnrnn.frames import at_end
 from keras_bnrnn.recurrence import backward, block, forward
 from keras_bnrnn.recurrence.forward import Loop
-from keras_bnrnn.recurrence.schedule import slices_of
+from keras_bnrnn.recurrence.schedule import runs_by_gate, slices_of
 
 __all__ = ["Loop", "time_loop"]
 
@@ -56,8 +56,11 @@ def time_loop(
 
     sizes = [batch]
     is_block = block.runs_as_block(loop, batch, weights, derivative)
-    has_company = loop.schedule.has_company and not is_block
-    if not loop.collected and not loop.schedule.unroll and not has_company:
+    by_gate = False
+    if derivative is not None and loop.schedule.by_step and loop.schedule.keeps:
+        derivative, by_gate = _fastest(derivative, loop.schedule, batch, weights)
+    fills_cores = not is_block and (loop.schedule.has_company or by_gate)
+    if not loop.collected and not loop.schedule.unroll and not fills_cores:
         slices = slices_of(weights, is_block, loop.schedule.keeps)
         count = 4 if isinstance(batch, int) and batch in slices.four else 2
         sizes = backend.slice_sizes(batch, slices.two_from, count)
@@ -79,6 +82,19 @@ def time_loop(
     if return_sequences:
         outputs = ops.concatenate(outputs, axis=1)
     return outputs if return_sequences else None, _joined(last, axis=0), []
+
+
+def _fastest(derivative, schedule, rows, weights):
+    """Chooses the derivative of a loop that computes factors by step.
+
+    Returns:
+        The `StepDerivative`, and whether it computes gates side by side.
+    """
+    if runs_by_gate(schedule, rows):
+        by_gate = derivative.by_gate(weights)
+        if by_gate is not None:
+            return by_gate, True
+    return derivative.by_operation(weights) or derivative, False
 
 
 def _slices(sizes, loop, inputs, states, weights):
@@ -160,8 +176,6 @@ class _Run:
                 loop, inputs, states, weights, stacks
             )
         else:
-            if not self._is_block and loop.schedule.by_step and loop.schedule.keeps:
-                derivative = derivative.by_operation(weights) or derivative
             if not self._is_block and not forward.projects_in_blocks(loop, weights):
                 inputs, weights = forward.projected(inputs, weights)
             if self._differentiable is None:

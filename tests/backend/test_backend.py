@@ -62,7 +62,7 @@ def test_scan_with_several_timesteps_in_a_turn(mode, known, steps, rng):
     def run(x):
         length = steps if known else tf.shape(x)[0]
         options = (
-            {"prepare": lambda x: 2.0 * x, "block": 6} if mode == "in blocks" else {}
+            {"prepare": lambda x: [2.0 * x], "block": 6} if mode == "in blocks" else {}
         )
         (last,), (stacked,) = backend.scan(
             body,
@@ -129,11 +129,11 @@ def test_scan_of_a_sequence_prepared_in_blocks(block, length, turn_length, rng):
     x, y, start = rng.normal(size=(3, length, 3, 2))
 
     def body(carry, elements):
-        (c,), (x_t, y_t) = carry, elements
-        return [0.5 * c + x_t[:, :2]], [c * y_t, c]
+        (c,), (first_t, second_t, y_t) = carry, elements
+        return [0.5 * c + (first_t - second_t[:, :2])], [c * y_t, c]
 
     def prepare(x):
-        return tf.concat([2 * x, x], axis=-1)
+        return [4 * x, tf.concat([2 * x, x], axis=-1)]
 
     @tf.function(autograph=False)
     def run(x, y):

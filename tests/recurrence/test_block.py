@@ -161,7 +161,8 @@ def test_when_the_operations_run(rng, monkeypatch):
         assert runs(alongside) == runs(alongside, rows=tf.constant(B)) == (not onednn)
         assert runs(alongside, rows=B // 2)
     monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", weights_count)
-    assert runs() and not runs(rows=tf.constant(B))
+    assert not runs(rows=B) and not runs(rows=tf.constant(B))
+    assert runs(alongside, rows=B // 2)  # two directions need as many rows
 
 
 def test_whether_tensorflow_uses_onednn():

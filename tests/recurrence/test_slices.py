@@ -23,12 +23,16 @@ from test_gradients import (
 
 from keras_bnrnn import backend
 from keras_bnrnn.backend.context import simple_loops
+from keras_bnrnn.layers.lstm import LSTMDerivative
 from keras_bnrnn.recurrence import schedule
 
 
 @pytest.fixture
 def slices(monkeypatch):
-    """The sizes of the slices of each call, of batches of 4 rows and more."""
+    """The sizes of the slices of each call, of batches of 4 rows and more.
+
+    Without oneDNN, which has other loops than slices.
+    """
     seen = []
     plain = backend.slice_sizes
 
@@ -37,6 +41,7 @@ def slices(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 2)
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: False)
     monkeypatch.setattr(schedule, "BY_STEP_FROM", 0)
     monkeypatch.setattr(schedule, "LEAST_SLICED_ROWS", 4)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT", 0)
@@ -85,7 +90,6 @@ def test_four_slices_at_inference(masked, differentiated, slices, rng, monkeypat
     cycles_of_a_row = 3 * U * (U / 8 + 1 / 1.5)
     monkeypatch.setattr(schedule, "CYCLES_ON_ONE_CORE", 2.5 * cycles_of_a_row)
     monkeypatch.setattr(schedule, "LEAST_ROWS_OF_FOUR_SLICES", 1)
-    monkeypatch.setattr(backend, "products_by_onednn", lambda: False)
     mask = tf.constant(random_mask(rng, B, T)) if masked else None
     states, x = states_of("gru", rng), tf.constant(rng.normal(size=(B, T, D)))
     layer = make("gru", rng, return_sequences=True)
@@ -223,8 +227,10 @@ def test_the_operation_of_a_timestep(
     """It is float32: 2e-5 of numbers of order 1, against the loop in float64.
 
     It runs where a block does not: by frame-wise statistics there is no kernel in the
-    loop, and products of many weights are left to oneDNN.
+    loop, and products of many weights are left to oneDNN. Not where gates run side by
+    side.
     """
+    monkeypatch.setattr(LSTMDerivative, "by_gate", lambda *_: None)
     monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
     monkeypatch.setattr(schedule, "BLOCK_WEIGHTS_WITH_ONEDNN", 0)
     monkeypatch.setattr(schedule, "BLOCK_PRODUCT_WITH_ONEDNN", 0)
@@ -270,6 +276,73 @@ def test_the_operation_of_a_timestep(
     assert not used
     for a, b in zip(ours, theirs, strict=True):
         assert gap(a, b) <= 2e-5
+
+
+@pytest.mark.slow(but=["6-frame-True", "None-sequence-False"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("statistics", ["sequence", "frame"])
+@pytest.mark.parametrize("rows", [None, B])
+def test_gates_side_by_side(rows, statistics, masked, slices, rng, monkeypatch):
+    """1e-11, of numbers of order 1 to 100 in float64."""
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
+    mask = tf.constant(random_mask(rng, B, T)) if masked else None
+    states, x = states_of("lstm", rng), tf.constant(rng.normal(size=(B, T, D)))
+    layer = make(
+        "lstm",
+        rng,
+        return_sequences=True,
+        statistics=statistics,
+        recurrent_dropout=0.5,
+        seed=1,
+    )
+    start = [w.numpy() for w in layer.weights]
+    seeds = [v.numpy() for v in layer.non_trainable_variables]
+    widths = []
+    run = backend.sigmoid_gradient
+    monkeypatch.setattr(
+        backend,
+        "sigmoid_gradient",
+        lambda y, d: widths.append(y.shape[-1]) or run(y, d),
+    )
+
+    def found():
+        for weight, value in zip(layer.weights, start, strict=True):
+            weight.assign(value)
+        for variable, value in zip(layer.non_trainable_variables, seeds, strict=True):
+            variable.assign(value)
+        specs = [tf.TensorSpec((rows, *x.shape[1:]), tf.float64)]
+        specs += [tf.TensorSpec((rows, U), tf.float64)] * 2
+
+        @tf.function(input_signature=specs, autograph=False)
+        def gradients(x, h, c):
+            weights = [w.value for w in layer.trainable_variables]
+            with tf.GradientTape() as tape:
+                tape.watch([x, h, c])
+                outputs = layer(x, initial_state=[h, c], mask=mask, training=True)
+                loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
+            return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
+
+        return gradients(x, *states)
+
+    ours = found()
+    assert set(widths) == {U} and not slices
+    widths.clear()
+    whole(monkeypatch)
+    theirs = found()
+    assert not widths
+    for a, b in zip(ours, theirs, strict=True):
+        assert gap(a, b) <= 1e-11
+
+
+def test_when_gates_run_side_by_side(monkeypatch):
+    for onednn in (False, True):
+        monkeypatch.setattr(backend, "products_by_onednn", lambda on=onednn: on)
+        plain = schedule.Schedule()
+        most = schedule.MOST_ROWS_BY_GATE
+        assert schedule.runs_by_gate(plain, most) == onednn
+        assert schedule.runs_by_gate(plain, tf.constant(most + 1)) == onednn
+        assert not schedule.runs_by_gate(plain, most + 1)
+        assert not schedule.runs_by_gate(plain._replace(has_company=True), most)
 
 
 def test_a_block_of_any_size(slices, rng, monkeypatch):
