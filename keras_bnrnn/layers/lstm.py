@@ -268,7 +268,7 @@ class LSTMDerivative(StepDerivative):
 
     def by_gate(self, weights):
         is_usual = self._is_by_tanh(weights.recurrent_kernel, weights)
-        return LSTMGates() if is_usual and backend.in_plain_graph() else None
+        return LSTMGates(self) if is_usual and backend.in_plain_graph() else None
 
     def widths(self, units):
         return [4 * units]
@@ -377,9 +377,18 @@ class LSTMGates(StepDerivative):
     """The derivative of `BNLSTMCell.step` with the usual activations, gate by gate.
 
     It keeps the gates i, f, o and the candidate.
+
+    Args:
+        derivative: `LSTMDerivative`.
     """
 
     gates = 4
+
+    def __init__(self, derivative):
+        self._derivative = derivative
+
+    def of_slices(self):
+        return self._derivative
 
     def widths(self, units):
         return [units] * 4

@@ -77,6 +77,10 @@ class StepDerivative:
         """
         return None
 
+    def of_slices(self):
+        """Returns the derivative by which slices of a batch run instead of this one."""
+        return self
+
     def widths(self, units):
         """Returns the list of the widths of the values that `keep` returns."""
         raise NotImplementedError

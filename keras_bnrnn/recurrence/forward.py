@@ -68,20 +68,23 @@ def projected(inputs, weights):
     return product, weights._replace(kernel=None)
 
 
-def projects_in_blocks(loop, weights):
+def projects_itself(loop, weights, derivative):
     """Returns whether `run` projects the input of a loop, rather than its caller.
 
     In training it projects in blocks. At inference each slice of a batch of unknown
-    size has a projection of its own.
+    size has a projection of its own, and so has each gate of a loop by gate.
 
     Args:
         loop: `Loop`.
         weights: `Weights`, with a kernel if the input is not projected yet.
+        derivative: `StepDerivative`.
     """
+    schedule = loop.schedule
+    is_whole = schedule.sliced_from is None and derivative.gates == 1
     return (
         weights.kernel is not None
-        and loop.schedule.by_step
-        and (loop.schedule.keeps or loop.schedule.sliced_from is not None)
+        and schedule.by_step
+        and (schedule.keeps or not is_whole)
         and not _clears(loop)  # which reads timestep 0 in place of others
         and backend.in_plain_graph()
     )
@@ -107,8 +110,9 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
     Args:
         loop: `Loop`.
         inputs: Tensor (T, B, G*U), the input projection. Or, if `weights` has a kernel,
-            tensor (T, B, D): the loop then projects one block of timesteps at a time.
-            This needs `projects_in_blocks`.
+            tensor (T, B, D): the loop then projects one block of timesteps at a time,
+            or all at once if it computes gates side by side and keeps nothing. This
+            needs `projects_itself`.
         states: List of tensors (B, U); the first one is the output.
         weights: `Weights`. The bias is added to the projection.
         stacks: The number of states, the output first, that are stacked over time.
@@ -131,7 +135,7 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         # there.
         inputs = ops.where(loop.valid, inputs, inputs[:1])
     timesteps, rows = ops.shape(inputs)[:2]
-    gates = derivative.gates if keeps else 1
+    gates = 1 if derivative is None else derivative.gates
     kernels = _columns(kernel, gates)
     prepare = None
     if weights.kernel is not None:
@@ -140,7 +144,12 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         )
         prepare = functools.partial(_products, pairs=list(pairs))
         weights = weights._replace(kernel=None, bias=None)
-    sequences = [inputs] if prepare or gates == 1 else _by_gate(inputs, gates)
+    if prepare is not None and gates > 1 and not keeps:
+        sequences, prepare = prepare(inputs), None
+    elif prepare is None and gates > 1:
+        sequences = _by_gate(inputs, gates)
+    else:
+        sequences = [inputs]
     count = stacks
     if keeps and not schedule.by_step:
         count = len(states)
@@ -170,11 +179,13 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         recurrent = [ops.matmul(output, columns) for columns in kernels]
         if gates == 1:
             (projected,), (recurrent,) = projected, recurrent
-        if not keeps:
+        if not keeps and gates == 1:
             new, collected = loop.step(projected, recurrent, states, weights, valid_t)
             return new, [*new[:count], *collected]
         values = derivative.keep(projected, recurrent, states, weights)
         new = derivative.advance(values, states, weights)
+        if not keeps:
+            return new, new[:count]
         if joined:
             values = [ops.concatenate(values[:joined], axis=-1), *values[joined:]]
         return new, [*new[:count], *values, *before]

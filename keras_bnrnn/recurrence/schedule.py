@@ -53,9 +53,13 @@ ONE_OPERATION_IN_SLICES = 2**20
 BLOCK_PRODUCT_WITH_ONEDNN = 2**22
 BLOCK_WEIGHTS_WITH_ONEDNN = 2**16
 
-# With oneDNN the gates of an LSTM run side by side, instead of slices of the batch:
-# 0.7 to 1.0 of the time. With more rows than this slices take 0.92 to 1.0 of that.
+# With oneDNN the gates of an LSTM run side by side, instead of slices of the batch: 0.7
+# to 1.0 of the time in training, 0.8 to 0.87 at inference. With more rows than these,
+# slices take 0.92 to 1.0 of that in training, and 0.86 to 0.93 at inference. So do
+# loops of fewer weights than this at inference, with few rows.
 MOST_ROWS_BY_GATE = 192
+MOST_ROWS_BY_GATE_AT_INFERENCE = 96
+LEAST_WEIGHTS_BY_GATE_AT_INFERENCE = 2**15
 
 # The number of timesteps in a turn of a loop that TensorFlow's executor runs. It
 # schedules some 25 operations of the loop itself in each turn. A loop takes 0.75 to 1.0
@@ -211,7 +215,7 @@ def is_faster_by_loop(rows, kernel, recurrent_kernel, has_company=False):
     return rows * weights >= BLOCK_PRODUCT_WITH_ONEDNN
 
 
-def runs_by_gate(schedule, rows):
+def runs_by_gate(schedule, rows, weights):
     """Returns whether a loop in a plain graph computes its gates side by side.
 
     Each gate has a product of its own. oneDNN computes it on one core, and another gate
@@ -221,10 +225,21 @@ def runs_by_gate(schedule, rows):
     Args:
         schedule: `Schedule`.
         rows: The number of rows of the batch, an int or a tensor.
+        weights: `Weights`.
     """
-    if isinstance(rows, int) and rows > MOST_ROWS_BY_GATE:
-        return False
-    return backend.products_by_onednn() and not schedule.has_company
+    units, width = weights.recurrent_kernel.shape
+    return (
+        backend.products_by_onednn()
+        and backend.run_by_executor()
+        and not schedule.has_company
+        and not (isinstance(rows, int) and rows > most_rows_by_gate(schedule))
+        and (schedule.keeps or units * width >= LEAST_WEIGHTS_BY_GATE_AT_INFERENCE)
+    )
+
+
+def most_rows_by_gate(schedule):
+    """Returns the number of rows above which slices of a batch are faster."""
+    return MOST_ROWS_BY_GATE if schedule.keeps else MOST_ROWS_BY_GATE_AT_INFERENCE
 
 
 def timesteps_of_block(rows):

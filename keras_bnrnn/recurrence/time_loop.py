@@ -11,7 +11,11 @@ from keras_bnrnn import backend
 from keras_bnrnn.frames import at_end
 from keras_bnrnn.recurrence import backward, block, forward
 from keras_bnrnn.recurrence.forward import Loop
-from keras_bnrnn.recurrence.schedule import runs_by_gate, slices_of
+from keras_bnrnn.recurrence.schedule import (
+    most_rows_by_gate,
+    runs_by_gate,
+    slices_of,
+)
 
 __all__ = ["Loop", "time_loop"]
 
@@ -56,11 +60,17 @@ def time_loop(
 
     sizes = [batch]
     is_block = block.runs_as_block(loop, batch, weights, derivative)
-    by_gate = False
-    if derivative is not None and loop.schedule.by_step and loop.schedule.keeps:
-        derivative, by_gate = _fastest(derivative, loop.schedule, batch, weights)
-    fills_cores = not is_block and (loop.schedule.has_company or by_gate)
-    if not loop.collected and not loop.schedule.unroll and not fills_cores:
+    if derivative is not None and loop.schedule.by_step and not is_block:
+        derivative = _fastest(derivative, loop.schedule, batch, weights)
+    if derivative is not None and derivative.gates > 1:
+        if not isinstance(batch, int) and not loop.schedule.keeps:
+            least = most_rows_by_gate(loop.schedule) + 1
+            loop = loop._replace(schedule=loop.schedule._replace(sliced_from=least))
+    elif not (
+        loop.collected
+        or loop.schedule.unroll
+        or (loop.schedule.has_company and not is_block)
+    ):
         slices = slices_of(weights, is_block, loop.schedule.keeps)
         count = 4 if isinstance(batch, int) and batch in slices.four else 2
         sizes = backend.slice_sizes(batch, slices.two_from, count)
@@ -85,16 +95,13 @@ def time_loop(
 
 
 def _fastest(derivative, schedule, rows, weights):
-    """Chooses the derivative of a loop that computes factors by step.
-
-    Returns:
-        The `StepDerivative`, and whether it computes gates side by side.
-    """
-    if runs_by_gate(schedule, rows):
-        by_gate = derivative.by_gate(weights)
-        if by_gate is not None:
-            return by_gate, True
-    return derivative.by_operation(weights) or derivative, False
+    """Chooses the `StepDerivative` of a loop that computes factors by step."""
+    other = None
+    if runs_by_gate(schedule, rows, weights):
+        other = derivative.by_gate(weights)
+    if other is None and schedule.keeps:
+        other = derivative.by_operation(weights)
+    return other or derivative
 
 
 def _slices(sizes, loop, inputs, states, weights):
@@ -176,7 +183,9 @@ class _Run:
                 loop, inputs, states, weights, stacks
             )
         else:
-            if not self._is_block and not forward.projects_in_blocks(loop, weights):
+            if not self._is_block and not forward.projects_itself(
+                loop, weights, derivative
+            ):
                 inputs, weights = forward.projected(inputs, weights)
             if self._differentiable is None:
                 options = stacks, lengths is None, self._traced
@@ -256,18 +265,19 @@ class _Differentiated:
         )
         return self._flat(sequences, last), self._kept_as.tensors()
 
-    def _keep_nothing(self, loop, inputs, states, weights):
+    def _keep_nothing(self, loop, inputs, states, weights, derivative=None):
         """Runs the loop, a large batch of unknown size in slices."""
+        derivative = derivative or self._derivative
         least = loop.schedule.sliced_from
         if least is None:
-            inputs, weights = forward.projected(inputs, weights)
-            found = forward.run(
-                loop, inputs, states, weights, self._stacks, self._derivative
-            )
+            if derivative.gates == 1:
+                inputs, weights = forward.projected(inputs, weights)
+            found = forward.run(loop, inputs, states, weights, self._stacks, derivative)
             return self._flat(*found[:2])
 
         loop = loop._replace(schedule=loop.schedule._replace(sliced_from=None))
         tensors = loop, inputs, states, weights
+        of_slices = derivative.of_slices()
         batch = ops.shape(inputs)[1]
         sizes = [batch - batch // 2, batch // 2]
 
@@ -275,7 +285,7 @@ class _Differentiated:
             # Large batches gain least from long turns, which add to the first call.
             short = loop._replace(schedule=loop.schedule._replace(turn_length=1))
             slices = _slices(sizes, short, *tensors[1:])
-            found = [self._keep_nothing(*slice_) for slice_ in slices]
+            found = [self._keep_nothing(*slice_, of_slices) for slice_ in slices]
             return [
                 *_joined([part[: self._stacks] for part in found], axis=1),
                 *_joined([part[self._stacks :] for part in found], axis=0),

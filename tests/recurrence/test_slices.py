@@ -23,8 +23,8 @@ from test_gradients import (
 
 from keras_bnrnn import backend
 from keras_bnrnn.backend.context import simple_loops
-from keras_bnrnn.layers.lstm import LSTMDerivative
-from keras_bnrnn.recurrence import schedule
+from keras_bnrnn.layers.lstm import LSTMDerivative, LSTMGates
+from keras_bnrnn.recurrence import Weights, schedule
 
 
 @pytest.fixture
@@ -334,15 +334,79 @@ def test_gates_side_by_side(rows, statistics, masked, slices, rng, monkeypatch):
         assert gap(a, b) <= 1e-11
 
 
-def test_when_gates_run_side_by_side(monkeypatch):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [None, 3, B])
+def test_gates_side_by_side_at_inference(rows, masked, slices, rng, monkeypatch):
+    """1e-11, of numbers of order 1 to 100 in float64.
+
+    Batches of up to 3 rows run whole, larger ones in slices.
+    """
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
+    monkeypatch.setattr(schedule, "MOST_ROWS_BY_GATE_AT_INFERENCE", 3)
+    monkeypatch.setattr(schedule, "LEAST_WEIGHTS_BY_GATE_AT_INFERENCE", 4 * U * U)
+    layer = make("lstm", rng, return_sequences=True)
+    by_gate = []
+    keep = LSTMGates.keep
+
+    def recorded(self, projected, recurrent, *rest):
+        by_gate.extend(len(terms) for terms in (projected, recurrent))
+        return keep(self, projected, recurrent, *rest)
+
+    monkeypatch.setattr(LSTMGates, "keep", recorded)
+    specs = [tf.TensorSpec((rows, T, D), tf.float64)]
+    specs += [tf.TensorSpec((rows, U), tf.float64)] * 2
+    if masked:
+        specs.append(tf.TensorSpec((rows, T), tf.bool))
+
+    def gradients(x, h, c, mask=None):
+        weights = [w.value for w in layer.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch([x, h, c])
+            outputs = layer(x, initial_state=[h, c], mask=mask, training=False)
+            loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
+        return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
+
+    call = tf.function(gradients, input_signature=specs, autograph=False)
+    batches = []
+    for size in [1, 3, 4, 7] if rows is None else [rows]:
+        batch = [rng.normal(size=shape) for shape in ((size, T, D), (size, U))]
+        batch.append(rng.normal(size=(size, U)))
+        batch = [tf.constant(tensor) for tensor in batch]
+        batches.append([*batch, *([rng.random((size, T)) < 0.7] if masked else [])])
+    ours = [call(*batch) for batch in batches]
+    assert set(by_gate) == (set() if rows == B else {4})
+    assert slices == ([[3, 3]] if rows == B else [])
+    by_gate.clear()
+    whole(monkeypatch)
+    for batch, found in zip(batches, ours, strict=True):
+        expected = gradients(*batch)
+        assert max(gap(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-11
+    assert not by_gate
+
+
+def test_when_gates_run_side_by_side(rng, monkeypatch):
+    least = schedule.LEAST_WEIGHTS_BY_GATE_AT_INFERENCE
+    large = Weights(None, tf.zeros((1, least)))
+    small = Weights(None, tf.zeros((1, least - 1)))
+    training, inference = schedule.Schedule(), schedule.Schedule(keeps=False)
+    cases = (
+        (training, schedule.MOST_ROWS_BY_GATE, [large, small], []),
+        (inference, schedule.MOST_ROWS_BY_GATE_AT_INFERENCE, [large], [small]),
+    )
+    monkeypatch.setattr(backend, "run_by_executor", lambda: True)
     for onednn in (False, True):
         monkeypatch.setattr(backend, "products_by_onednn", lambda on=onednn: on)
-        plain = schedule.Schedule()
-        most = schedule.MOST_ROWS_BY_GATE
-        assert schedule.runs_by_gate(plain, most) == onednn
-        assert schedule.runs_by_gate(plain, tf.constant(most + 1)) == onednn
-        assert not schedule.runs_by_gate(plain, most + 1)
-        assert not schedule.runs_by_gate(plain._replace(has_company=True), most)
+        for plan, most, fit, do_not in cases:
+            for weights in fit:
+                for rows in (most, tf.constant(most + 1)):
+                    assert schedule.runs_by_gate(plan, rows, weights) == onednn
+                assert not schedule.runs_by_gate(plan, most + 1, weights)
+                company = plan._replace(has_company=True)
+                assert not schedule.runs_by_gate(company, most, weights)
+            for weights in do_not:
+                assert not schedule.runs_by_gate(plan, most, weights)
+    monkeypatch.setattr(backend, "run_by_executor", lambda: False)
+    assert not schedule.runs_by_gate(training, 1, large)
 
 
 def test_a_block_of_any_size(slices, rng, monkeypatch):
