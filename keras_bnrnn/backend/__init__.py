@@ -15,6 +15,7 @@ block_forward = _module.block_forward
 call_if = _module.call_if
 compiled = _module.compiled
 compiled_by_xla = _module.compiled_by_xla
+cores = _module.cores
 custom_gradient = _module.custom_gradient
 graph_of = _module.graph_of
 has_block = _module.has_block

@@ -22,6 +22,10 @@ def products_by_onednn():
     return False
 
 
+def cores():
+    return 1
+
+
 def has_fused_kernels():
     return False
 

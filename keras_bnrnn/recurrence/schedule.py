@@ -231,6 +231,7 @@ def runs_by_gate(schedule, rows, weights):
     return (
         backend.products_by_onednn()
         and backend.run_by_executor()
+        and backend.cores() > 1
         and not schedule.has_company
         and not (isinstance(rows, int) and rows > most_rows_by_gate(schedule))
         and (schedule.keeps or units * width >= LEAST_WEIGHTS_BY_GATE_AT_INFERENCE)

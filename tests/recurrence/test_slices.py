@@ -41,6 +41,7 @@ def slices(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr("keras_bnrnn.backend.tensorflow.cores", lambda: 2)
+    monkeypatch.setattr(backend, "cores", lambda: 2)
     monkeypatch.setattr(backend, "products_by_onednn", lambda: False)
     monkeypatch.setattr(schedule, "BY_STEP_FROM", 0)
     monkeypatch.setattr(schedule, "LEAST_SLICED_ROWS", 4)
@@ -394,6 +395,7 @@ def test_when_gates_run_side_by_side(rng, monkeypatch):
         (inference, schedule.MOST_ROWS_BY_GATE_AT_INFERENCE, [large], [small]),
     )
     monkeypatch.setattr(backend, "run_by_executor", lambda: True)
+    monkeypatch.setattr(backend, "cores", lambda: 2)
     for onednn in (False, True):
         monkeypatch.setattr(backend, "products_by_onednn", lambda on=onednn: on)
         for plan, most, fit, do_not in cases:
@@ -405,8 +407,12 @@ def test_when_gates_run_side_by_side(rng, monkeypatch):
                 assert not schedule.runs_by_gate(company, most, weights)
             for weights in do_not:
                 assert not schedule.runs_by_gate(plan, most, weights)
-    monkeypatch.setattr(backend, "run_by_executor", lambda: False)
-    assert not schedule.runs_by_gate(training, 1, large)
+    monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
+    assert schedule.runs_by_gate(training, 1, large)
+    for name, value in (("run_by_executor", False), ("cores", 1)):
+        with monkeypatch.context() as patched:
+            patched.setattr(backend, name, lambda value=value: value)
+            assert not schedule.runs_by_gate(training, 1, large)
 
 
 def test_a_block_of_any_size(slices, rng, monkeypatch):
