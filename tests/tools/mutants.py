@@ -48,6 +48,9 @@ LOOP = [
     "tests/recurrence/test_time_loop.py",
     "tests/recurrence/test_block.py",
     "tests/recurrence/test_gradients.py::test_blocks_of_the_loops",
+    "tests/recurrence/test_slices.py::test_gates_side_by_side",
+    "tests/recurrence/test_slices.py::test_gates_side_by_side_at_inference",
+    "tests/recurrence/test_slices.py::test_when_gates_run_side_by_side",
     *ORACLE,
     *properties(
         "slices_are_equal_to_one_loop",
@@ -166,6 +169,12 @@ EXPLAINED = [
         "states[0].shape[-1]",
         "USub left out",
         "a state has two axes",
+    ),
+    (
+        "recurrence/forward.py",
+        "prepare is None and gates > 1",
+        "Gt to GtE",
+        "the projection of one gate is the whole projection",
     ),
     (
         "recurrence/forward.py",
