@@ -72,7 +72,7 @@ def test_states_and_gradients_are_those_of_keras(
             loss += tf.reduce_sum(state * d)
     expected = tape.gradient(loss, arguments)
 
-    @tf.function
+    @tf.function(autograph=False)
     def run(arguments, d_sequences, d_last, small):
         frames, h, c, kernel, recurrent_kernel, bias = arguments
         weights = kernel, recurrent_kernel
