@@ -264,7 +264,7 @@ class LSTMDerivative(StepDerivative):
 
     def by_operation(self, weights):
         is_block = backend.has_block(self.block_of(weights))
-        return LSTMOperation(self) if is_block else None
+        return LSTMOperation() if is_block else None
 
     def by_gate(self, weights):
         is_usual = self._is_by_tanh(weights.recurrent_kernel, weights)
@@ -338,29 +338,34 @@ class LSTMDerivative(StepDerivative):
         return {"peephole_kernel": d_peephole}
 
 
-class LSTMOperation(StepDerivative):
-    """The derivative of `BNLSTMCell.step` by TensorFlow's operation for one timestep.
+class LSTMByStep(StepDerivative):
+    """The derivative of `BNLSTMCell.step` with the usual activations, without factors.
 
-    It keeps the gates i, f, o and the candidate. The gradient has the order i, c, f, o.
-
-    Args:
-        derivative: `LSTMDerivative`.
+    It keeps the gates i, f, o and the candidate.
     """
-
-    def __init__(self, derivative):
-        self.block_of = derivative.block_of
 
     def widths(self, units):
         return [units] * 4
 
-    def keep(self, projected, recurrent, states, weights):
-        i, f, candidate, o = ops.split(projected + recurrent, 4, axis=-1)
+    def values(self, terms):
+        """Returns what `keep` does, of the pre-activations of i, f, c and o."""
+        i, f, candidate, o = terms
         return [ops.sigmoid(i), ops.sigmoid(f), ops.sigmoid(o), ops.tanh(candidate)]
 
     def advance(self, kept, states, weights):
         i, f, o, candidate = kept
         c = f * states[1] + i * candidate
         return [o * ops.tanh(c), c]
+
+
+class LSTMOperation(LSTMByStep):
+    """`LSTMByStep` by TensorFlow's operation for one timestep.
+
+    The gradient has the order i, c, f, o.
+    """
+
+    def keep(self, projected, recurrent, states, weights):
+        return self.values(ops.split(projected + recurrent, 4, axis=-1))
 
     def arranged(self, columns):
         return backend.lstm_swapped(columns)
@@ -373,10 +378,8 @@ class LSTMOperation(StepDerivative):
         return [d_gates], [None, d_c_before]
 
 
-class LSTMGates(StepDerivative):
-    """The derivative of `BNLSTMCell.step` with the usual activations, gate by gate.
-
-    It keeps the gates i, f, o and the candidate.
+class LSTMGates(LSTMByStep):
+    """`LSTMByStep` gate by gate.
 
     Args:
         derivative: `LSTMDerivative`.
@@ -390,18 +393,9 @@ class LSTMGates(StepDerivative):
     def of_slices(self):
         return self._derivative
 
-    def widths(self, units):
-        return [units] * 4
-
     def keep(self, projected, recurrent, states, weights):
         pairs = zip(projected, recurrent, strict=True)
-        i, f, candidate, o = [x + h for x, h in pairs]
-        return [ops.sigmoid(i), ops.sigmoid(f), ops.sigmoid(o), ops.tanh(candidate)]
-
-    def advance(self, kept, states, weights):
-        i, f, o, candidate = kept
-        c = f * states[1] + i * candidate
-        return [o * ops.tanh(c), c]
+        return self.values([x + h for x, h in pairs])
 
     def parts(self, units, width):
         return Parts([units] * 4, (0, 1, 2, 3), (0, 1, 2, 3))

@@ -53,10 +53,11 @@ ONE_OPERATION_IN_SLICES = 2**20
 BLOCK_PRODUCT_WITH_ONEDNN = 2**22
 BLOCK_WEIGHTS_WITH_ONEDNN = 2**16
 
-# With oneDNN the gates of an LSTM run side by side, instead of slices of the batch: 0.7
-# to 1.0 of the time in training, 0.8 to 0.87 at inference. With more rows than these,
-# slices take 0.92 to 1.0 of that in training, and 0.86 to 0.93 at inference. So do
-# loops of fewer weights than this at inference, with few rows.
+# With oneDNN the gates of an LSTM run side by side, instead of slices of the batch.
+# They take 0.7 to 1.0 of the time of slices in training, and 0.8 to 0.87 at inference.
+# With more rows than these, slices take 0.92 to 1.0 of the time of gates in training,
+# and 0.86 to 0.93 at inference. At inference, gates gain nothing with fewer weights in
+# the recurrent kernel: they take 0.96 to 1.1 of the time of slices or of one loop.
 MOST_ROWS_BY_GATE = 192
 MOST_ROWS_BY_GATE_AT_INFERENCE = 96
 LEAST_WEIGHTS_BY_GATE_AT_INFERENCE = 2**15

@@ -266,7 +266,10 @@ class _Differentiated:
         return self._flat(sequences, last), self._kept_as.tensors()
 
     def _keep_nothing(self, loop, inputs, states, weights, derivative=None):
-        """Runs the loop, a large batch of unknown size in slices."""
+        """Runs the loop, a large batch of unknown size in slices.
+
+        It runs by `derivative`; if that is `None`, by the derivative of this object.
+        """
         derivative = derivative or self._derivative
         least = loop.schedule.sliced_from
         if least is None:

@@ -51,6 +51,32 @@ def slices(monkeypatch):
     return seen
 
 
+def differentiated(layer, training, mask=None):
+    """A function of x, h, c and perhaps a mask, with any number of rows.
+
+    It returns all outputs, and gradients in x, the states and all trainable weights.
+    """
+
+    def function(x, h, c, mask=mask):
+        weights = [w.value for w in layer.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch([x, h, c])
+            outputs = layer(x, initial_state=[h, c], mask=mask, training=training)
+            loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
+        return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
+
+    return function
+
+
+def specs_of(rows, dtype):
+    """Of x, h and c."""
+    sequences, state = (
+        tf.TensorSpec((rows, T, D), dtype),
+        tf.TensorSpec((rows, U), dtype),
+    )
+    return [sequences, state, state]
+
+
 def whole(monkeypatch):
     """One loop, all factors at once, and no closed forms."""
     monkeypatch.setattr(backend, "slice_sizes", lambda batch, *_: [batch])
@@ -255,19 +281,12 @@ def test_the_operation_of_a_timestep(
     )
 
     def found(layer):
-        specs = [tf.TensorSpec((rows, *x.shape[1:]), layer.dtype)]
-        specs += [tf.TensorSpec((rows, U), layer.dtype)] * 2
-
-        @tf.function(input_signature=specs, autograph=False)
-        def gradients(x, h, c):
-            weights = [w.value for w in layer.trainable_variables]
-            with tf.GradientTape() as tape:
-                tape.watch([x, h, c])
-                outputs = layer(x, initial_state=[h, c], mask=mask, training=True)
-                loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
-            return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
-
-        return gradients(*[tf.cast(tensor, layer.dtype) for tensor in (x, *states)])
+        run = tf.function(
+            differentiated(layer, True, mask),
+            input_signature=specs_of(rows, layer.dtype),
+            autograph=False,
+        )
+        return run(*[tf.cast(tensor, layer.dtype) for tensor in (x, *states)])
 
     ours = found(single)
     assert used and slices == [[3, 3]] if rows else len(slices[0]) == 2
@@ -311,19 +330,12 @@ def test_gates_side_by_side(rows, statistics, masked, slices, rng, monkeypatch):
             weight.assign(value)
         for variable, value in zip(layer.non_trainable_variables, seeds, strict=True):
             variable.assign(value)
-        specs = [tf.TensorSpec((rows, *x.shape[1:]), tf.float64)]
-        specs += [tf.TensorSpec((rows, U), tf.float64)] * 2
-
-        @tf.function(input_signature=specs, autograph=False)
-        def gradients(x, h, c):
-            weights = [w.value for w in layer.trainable_variables]
-            with tf.GradientTape() as tape:
-                tape.watch([x, h, c])
-                outputs = layer(x, initial_state=[h, c], mask=mask, training=True)
-                loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
-            return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
-
-        return gradients(x, *states)
+        function = tf.function(
+            differentiated(layer, True, mask),
+            input_signature=specs_of(rows, "float64"),
+            autograph=False,
+        )
+        return function(x, *states)
 
     ours = found()
     assert set(widths) == {U} and not slices
@@ -354,20 +366,11 @@ def test_gates_side_by_side_at_inference(rows, masked, slices, rng, monkeypatch)
         return keep(self, projected, recurrent, *rest)
 
     monkeypatch.setattr(LSTMGates, "keep", recorded)
-    specs = [tf.TensorSpec((rows, T, D), tf.float64)]
-    specs += [tf.TensorSpec((rows, U), tf.float64)] * 2
+    specs = specs_of(rows, "float64")
     if masked:
         specs.append(tf.TensorSpec((rows, T), tf.bool))
-
-    def gradients(x, h, c, mask=None):
-        weights = [w.value for w in layer.trainable_variables]
-        with tf.GradientTape() as tape:
-            tape.watch([x, h, c])
-            outputs = layer(x, initial_state=[h, c], mask=mask, training=False)
-            loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
-        return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
-
-    call = tf.function(gradients, input_signature=specs, autograph=False)
+    function = differentiated(layer, False)
+    call = tf.function(function, input_signature=specs, autograph=False)
     batches = []
     for size in [1, 3, 4, 7] if rows is None else [rows]:
         batch = [rng.normal(size=shape) for shape in ((size, T, D), (size, U))]
@@ -380,12 +383,12 @@ def test_gates_side_by_side_at_inference(rows, masked, slices, rng, monkeypatch)
     by_gate.clear()
     whole(monkeypatch)
     for batch, found in zip(batches, ours, strict=True):
-        expected = gradients(*batch)
+        expected = function(*batch)
         assert max(gap(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-11
     assert not by_gate
 
 
-def test_when_gates_run_side_by_side(rng, monkeypatch):
+def test_when_gates_run_side_by_side(monkeypatch):
     least = schedule.LEAST_WEIGHTS_BY_GATE_AT_INFERENCE
     large = Weights(None, tf.zeros((1, least)))
     small = Weights(None, tf.zeros((1, least - 1)))
