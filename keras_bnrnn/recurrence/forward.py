@@ -144,6 +144,7 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         )
         prepare = functools.partial(_products, pairs=list(pairs))
         weights = weights._replace(kernel=None, bias=None)
+    biases = _columns(weights.bias, gates)
     if prepare is not None and gates > 1 and not keeps:
         sequences, prepare = prepare(inputs), None
     elif prepare is None and gates > 1:
@@ -174,7 +175,7 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         if clears:
             states = [ops.where(valid_t, s, ops.zeros_like(s)) for s in states]
         if weights.bias is not None:
-            projected = [projected[0] + weights.bias]
+            projected = [x + bias for x, bias in zip(projected, biases, strict=True)]
         output = weights.dropped(states[0])
         recurrent = [ops.matmul(output, columns) for columns in kernels]
         if gates == 1:

@@ -21,7 +21,7 @@ from test_gradients import (
     states_of,
 )
 
-from keras_bnrnn import backend
+from keras_bnrnn import backend, projection
 from keras_bnrnn.backend.context import simple_loops
 from keras_bnrnn.layers.lstm import LSTMDerivative, LSTMGates
 from keras_bnrnn.recurrence import Weights, schedule
@@ -298,12 +298,19 @@ def test_the_operation_of_a_timestep(
         assert gap(a, b) <= 2e-5
 
 
-@pytest.mark.slow(but=["6-frame-True", "None-sequence-False"])
+@pytest.mark.slow(but=["6-frame-True", "None-moments-False", "6-projection-False"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("statistics", ["sequence", "frame"])
+@pytest.mark.parametrize("path", ["moments", "projection", "frame"])
 @pytest.mark.parametrize("rows", [None, B])
-def test_gates_side_by_side(rows, statistics, masked, slices, rng, monkeypatch):
-    """1e-11, of numbers of order 1 to 100 in float64."""
+def test_gates_side_by_side(rows, path, masked, slices, rng, monkeypatch):
+    """1e-11, of numbers of order 1 to 100 in float64.
+
+    By moments the loop projects the input, with the bias. Otherwise the input comes
+    projected: normalised by the moments of the projection, which leaves the bias to the
+    loop, or by those of each frame, which does not.
+    """
+    monkeypatch.setattr(projection, "moments_are_cheaper", lambda *_: path == "moments")
+    statistics = "frame" if path == "frame" else "sequence"
     monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
     mask = tf.constant(random_mask(rng, B, T)) if masked else None
     states, x = states_of("lstm", rng), tf.constant(rng.normal(size=(B, T, D)))
