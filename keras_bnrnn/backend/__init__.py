@@ -13,6 +13,7 @@ between = _module.between
 block_backward = _module.block_backward
 block_forward = _module.block_forward
 call_if = _module.call_if
+column_sums = _module.column_sums
 compiled = _module.compiled
 compiled_by_xla = _module.compiled_by_xla
 cores = _module.cores

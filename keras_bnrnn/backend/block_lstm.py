@@ -287,7 +287,7 @@ def _in_a_loop(
         terms = [
             tf.matmul(_flat(frames[start:end]), flat, transpose_a=True),
             of_recurrent + of_first,
-            tf.reduce_sum(flat, axis=0),
+            tf.raw_ops.BiasAddGrad(out_backprop=flat),
         ]
         return [*carry, *lists], [d_gates], terms
 

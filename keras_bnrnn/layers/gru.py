@@ -206,6 +206,10 @@ class GRUDerivative(StepDerivative):
             cell.activation is tanh and cell.recurrent_activation is sigmoid
         )
 
+    def by_gate(self, weights):
+        is_usual = self._is_usual and backend.in_plain_graph()
+        return GRUGates(self) if is_usual else None
+
     def widths(self, units):
         return [2 * units, units, units]
 
@@ -283,8 +287,51 @@ class GRUDerivative(StepDerivative):
     def of_weights(self, parts, before, after, weights):
         if weights.more["recurrent_bias"] is None:
             return {}
-        flat = [ops.reshape(part, (-1, part.shape[-1])) for part in parts]
-        return {"recurrent_bias": joined([ops.sum(part, axis=0) for part in flat])}
+        return {"recurrent_bias": joined([backend.column_sums(p) for p in parts])}
+
+
+class GRUGates(StepDerivative):
+    """The derivative of `BNGRUCell.step` with usual activations, without factors.
+
+    It gets the projection gate by gate, and keeps z, r, the candidate and b_h.
+
+    Args:
+        derivative: `GRUDerivative`.
+    """
+
+    gates = 3
+
+    def __init__(self, derivative):
+        self._derivative = derivative
+        self.of_weights = derivative.of_weights
+        self.parts = derivative.parts
+
+    def widths(self, units):
+        return [units] * 4
+
+    def keep(self, projected, recurrent, states, weights):
+        x_z, x_r, x_h = projected
+        recurrent_bias = weights.more["recurrent_bias"]
+        if recurrent_bias is not None:
+            recurrent = backend.plus_bias(recurrent, recurrent_bias)
+        units = x_z.shape[-1]
+        b_z, b_r, b_h = backend.split(recurrent, [units] * 3, -1)
+        r = ops.sigmoid(x_r + b_r)
+        return [ops.sigmoid(x_z + b_z), r, ops.tanh(x_h + r * b_h), b_h]
+
+    def advance(self, kept, states, weights):
+        z, _, candidate, _ = kept
+        return [candidate + z * (states[0] - candidate)]
+
+    def step_back(self, gradients, kept, before, after, weights):
+        (z, r, candidate, b_h), (dh,) = kept, gradients
+        dh_before = dh * z
+        d_h = backend.tanh_gradient(candidate, dh - dh_before)
+        d_gates = [
+            backend.sigmoid_gradient(z, dh * (before[0] - candidate)),
+            backend.sigmoid_gradient(r, d_h * b_h),
+        ]
+        return [joined(d_gates), d_h, d_h * r], [dh_before]
 
 
 @keras.saving.register_keras_serializable(package="keras_bnrnn")

@@ -385,7 +385,7 @@ class LSTMGates(LSTMByStep):
         derivative: `LSTMDerivative`.
     """
 
-    gates = 4
+    gates = products = 4
 
     def __init__(self, derivative):
         self._derivative = derivative

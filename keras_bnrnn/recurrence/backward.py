@@ -55,7 +55,7 @@ def _of_weights(derivative, weights, inputs, d_projected, d_recurrent, before, a
             [backend.transposed_times(frames, _flat(part)) for part in d_projected]
         )
     if weights.bias is not None:
-        d_weights["bias"] = joined([ops.sum(_flat(d), axis=0) for d in d_projected])
+        d_weights["bias"] = joined([backend.column_sums(d) for d in d_projected])
     return d_weights
 
 

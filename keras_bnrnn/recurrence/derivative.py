@@ -36,11 +36,13 @@ class StepDerivative:
     or `step_back` with those of one timestep, (B, ...), whichever is faster.
 
     Attributes:
-        gates: In how many tensors of equal width, side by side, `keep` gets each of the
-            two terms of the pre-activations. If more than one: as a list. Default: 1.
+        gates: In how many tensors of equal width, side by side, `keep` gets the input
+            projection. If more than one: as a list. Default: 1.
+        products: The same for the recurrent product: 1 or `gates`. Default: 1.
     """
 
     gates = 1
+    products = 1
 
     def block_of(self, weights):
         """Returns the name of the backend's operations with these equations, or `None`.
@@ -66,8 +68,8 @@ class StepDerivative:
     def by_gate(self, weights):
         """Returns a derivative that gets the terms of each gate as tensors of its own.
 
-        In a plain graph the gates of a timestep then run side by side. It has no
-        `factors`.
+        In a plain graph this saves copies. If each gate has a product of its own, the
+        gates of a timestep run side by side. The derivative has no `factors`.
 
         Args:
             weights: As in `block_of`.
@@ -94,7 +96,7 @@ class StepDerivative:
 
         Args:
             projected: Tensor (B, G*U), the input projection; or `gates` tensors.
-            recurrent: Tensor (B, G*U), the recurrent product; or `gates` tensors.
+            recurrent: Tensor (B, G*U), the recurrent product; or `products` tensors.
             states: List of tensors (B, U), the states before the step.
             weights: The `Weights` of the recurrence.
         """

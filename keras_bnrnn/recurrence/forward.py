@@ -136,7 +136,8 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         inputs = ops.where(loop.valid, inputs, inputs[:1])
     timesteps, rows = ops.shape(inputs)[:2]
     gates = 1 if derivative is None else derivative.gates
-    kernels = _columns(kernel, gates)
+    products = 1 if derivative is None else derivative.products
+    kernels = _columns(kernel, products)
     prepare = None
     if weights.kernel is not None:
         pairs = zip(
@@ -179,7 +180,9 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
         output = weights.dropped(states[0])
         recurrent = [ops.matmul(output, columns) for columns in kernels]
         if gates == 1:
-            (projected,), (recurrent,) = projected, recurrent
+            (projected,) = projected
+        if products == 1:
+            (recurrent,) = recurrent
         if not keeps and gates == 1:
             new, collected = loop.step(projected, recurrent, states, weights, valid_t)
             return new, [*new[:count], *collected]

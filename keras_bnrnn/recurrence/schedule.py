@@ -216,22 +216,27 @@ def is_faster_by_loop(rows, kernel, recurrent_kernel, has_company=False):
     return rows * weights >= BLOCK_PRODUCT_WITH_ONEDNN
 
 
-def runs_by_gate(schedule, rows, weights):
-    """Returns whether a loop in a plain graph computes its gates side by side.
+def runs_by_gate(schedule, rows, weights, products):
+    """Returns whether a loop in a plain graph gets its projection gate by gate.
 
-    Each gate has a product of its own. oneDNN computes it on one core, and another gate
-    has the other core, so the batch needs no slices. Two directions fill the cores
-    already, and need as few operations as possible.
+    With one recurrent product this saves copies: a GRU takes 0.82 to 1.02 of the time,
+    without oneDNN 0.9 to 1.03. If each gate has a product of its own, oneDNN computes
+    it on one core, and another gate has the other core, so the batch needs no slices.
+    Two directions fill the cores already, and need as few operations as possible.
 
     Args:
         schedule: `Schedule`.
         rows: The number of rows of the batch, an int or a tensor.
         weights: `Weights`.
+        products: As in `StepDerivative`.
     """
+    if not backend.run_by_executor():
+        return False
+    if products == 1:
+        return True
     units, width = weights.recurrent_kernel.shape
     return (
         backend.products_by_onednn()
-        and backend.run_by_executor()
         and backend.cores() > 1
         and not schedule.has_company
         and not (isinstance(rows, int) and rows > most_rows_by_gate(schedule))

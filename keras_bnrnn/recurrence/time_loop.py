@@ -62,7 +62,7 @@ def time_loop(
     is_block = block.runs_as_block(loop, batch, weights, derivative)
     if derivative is not None and loop.schedule.by_step and not is_block:
         derivative = _fastest(derivative, loop.schedule, batch, weights)
-    if derivative is not None and derivative.gates > 1:
+    if derivative is not None and derivative.products > 1:
         if not isinstance(batch, int) and not loop.schedule.keeps:
             least = most_rows_by_gate(loop.schedule) + 1
             loop = loop._replace(schedule=loop.schedule._replace(sliced_from=least))
@@ -96,12 +96,11 @@ def time_loop(
 
 def _fastest(derivative, schedule, rows, weights):
     """Chooses the `StepDerivative` of a loop that computes factors by step."""
-    other = None
-    if runs_by_gate(schedule, rows, weights):
-        other = derivative.by_gate(weights)
-    if other is None and schedule.keeps:
-        other = derivative.by_operation(weights)
-    return other or derivative
+    by_gate = derivative.by_gate(weights)
+    if by_gate and runs_by_gate(schedule, rows, weights, by_gate.products):
+        return by_gate
+    by_operation = derivative.by_operation(weights) if schedule.keeps else None
+    return by_operation or derivative
 
 
 def _slices(sizes, loop, inputs, states, weights):

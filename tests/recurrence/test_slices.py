@@ -23,6 +23,7 @@ from test_gradients import (
 
 from keras_bnrnn import backend, projection
 from keras_bnrnn.backend.context import simple_loops
+from keras_bnrnn.layers.gru import GRUGates
 from keras_bnrnn.layers.lstm import LSTMDerivative, LSTMGates
 from keras_bnrnn.recurrence import Weights, schedule
 
@@ -52,29 +53,29 @@ def slices(monkeypatch):
 
 
 def differentiated(layer, training, mask=None):
-    """A function of x, h, c and perhaps a mask, with any number of rows.
+    """A function of x, the states and perhaps a mask, with any number of rows.
 
     It returns all outputs, and gradients in x, the states and all trainable weights.
     """
+    count = len(keras.tree.flatten(layer.cell.state_size))
 
-    def function(x, h, c, mask=mask):
+    def function(x, *arguments):
+        states = list(arguments[:count])
+        (valid,) = arguments[count:] or [mask]
         weights = [w.value for w in layer.trainable_variables]
         with tf.GradientTape() as tape:
-            tape.watch([x, h, c])
-            outputs = layer(x, initial_state=[h, c], mask=mask, training=training)
+            tape.watch([x, *states])
+            outputs = layer(x, initial_state=states, mask=valid, training=training)
             loss = sum(tf.reduce_sum(tf.sin(output)) for output in outputs)
-        return [*outputs, *tape.gradient(loss, [x, h, c, *weights])]
+        return [*outputs, *tape.gradient(loss, [x, *states, *weights])]
 
     return function
 
 
-def specs_of(rows, dtype):
-    """Of x, h and c."""
-    sequences, state = (
-        tf.TensorSpec((rows, T, D), dtype),
-        tf.TensorSpec((rows, U), dtype),
-    )
-    return [sequences, state, state]
+def specs_of(rows, dtype, states=2):
+    """Of x and the states."""
+    state = tf.TensorSpec((rows, U), dtype)
+    return [tf.TensorSpec((rows, T, D), dtype), *[state] * states]
 
 
 def whole(monkeypatch):
@@ -298,12 +299,24 @@ def test_the_operation_of_a_timestep(
         assert gap(a, b) <= 2e-5
 
 
-@pytest.mark.slow(but=["6-frame-True", "None-moments-False", "6-projection-False"])
+@pytest.mark.slow(
+    but=[
+        "lstm-6-frame-True",
+        "lstm-None-moments-False",
+        "lstm-6-projection-False",
+        "gru-None-projection-True",
+        "gru-6-frame-False",
+    ]
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("path", ["moments", "projection", "frame"])
 @pytest.mark.parametrize("rows", [None, B])
-def test_gates_side_by_side(rows, path, masked, slices, rng, monkeypatch):
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_gate_by_gate(kind, rows, path, masked, slices, rng, monkeypatch):
     """1e-11, of numbers of order 1 to 100 in float64.
+
+    The gates of an LSTM run side by side. Those of a GRU have one product, and run in
+    slices of the batch.
 
     By moments the loop projects the input, with the bias. Otherwise the input comes
     projected: normalised by the moments of the projection, which leaves the bias to the
@@ -313,9 +326,9 @@ def test_gates_side_by_side(rows, path, masked, slices, rng, monkeypatch):
     statistics = "frame" if path == "frame" else "sequence"
     monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
     mask = tf.constant(random_mask(rng, B, T)) if masked else None
-    states, x = states_of("lstm", rng), tf.constant(rng.normal(size=(B, T, D)))
+    states, x = states_of(kind, rng), tf.constant(rng.normal(size=(B, T, D)))
     layer = make(
-        "lstm",
+        kind,
         rng,
         return_sequences=True,
         statistics=statistics,
@@ -339,13 +352,14 @@ def test_gates_side_by_side(rows, path, masked, slices, rng, monkeypatch):
             variable.assign(value)
         function = tf.function(
             differentiated(layer, True, mask),
-            input_signature=specs_of(rows, "float64"),
+            input_signature=specs_of(rows, "float64", len(states)),
             autograph=False,
         )
         return function(x, *states)
 
     ours = found()
-    assert set(widths) == {U} and not slices
+    assert set(widths) == {U}
+    assert len(slices) == (0 if kind == "lstm" else 1)
     widths.clear()
     whole(monkeypatch)
     theirs = found()
@@ -356,37 +370,45 @@ def test_gates_side_by_side(rows, path, masked, slices, rng, monkeypatch):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rows", [None, 3, B])
-def test_gates_side_by_side_at_inference(rows, masked, slices, rng, monkeypatch):
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_gate_by_gate_at_inference(kind, rows, masked, slices, rng, monkeypatch):
     """1e-11, of numbers of order 1 to 100 in float64.
 
-    Batches of up to 3 rows run whole, larger ones in slices.
+    Batches of up to 3 rows run whole, larger ones in slices: those of an LSTM with all
+    gates in one tensor.
     """
     monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
     monkeypatch.setattr(schedule, "MOST_ROWS_BY_GATE_AT_INFERENCE", 3)
     monkeypatch.setattr(schedule, "LEAST_WEIGHTS_BY_GATE_AT_INFERENCE", 4 * U * U)
-    layer = make("lstm", rng, return_sequences=True)
+    layer = make(kind, rng, return_sequences=True)
     by_gate = []
-    keep = LSTMGates.keep
+    gates = {"lstm": LSTMGates, "gru": GRUGates}[kind]
+    keep = gates.keep
 
-    def recorded(self, projected, recurrent, *rest):
-        by_gate.extend(len(terms) for terms in (projected, recurrent))
-        return keep(self, projected, recurrent, *rest)
+    def recorded(self, projected, *rest):
+        by_gate.append(len(projected))
+        return keep(self, projected, *rest)
 
-    monkeypatch.setattr(LSTMGates, "keep", recorded)
-    specs = specs_of(rows, "float64")
+    monkeypatch.setattr(gates, "keep", recorded)
+    states = 2 if kind == "lstm" else 1
+    specs = specs_of(rows, "float64", states)
     if masked:
         specs.append(tf.TensorSpec((rows, T), tf.bool))
     function = differentiated(layer, False)
     call = tf.function(function, input_signature=specs, autograph=False)
     batches = []
     for size in [1, 3, 4, 7] if rows is None else [rows]:
-        batch = [rng.normal(size=shape) for shape in ((size, T, D), (size, U))]
-        batch.append(rng.normal(size=(size, U)))
-        batch = [tf.constant(tensor) for tensor in batch]
+        shapes = [(size, T, D), *[(size, U)] * states]
+        batch = [tf.constant(rng.normal(size=shape)) for shape in shapes]
         batches.append([*batch, *([rng.random((size, T)) < 0.7] if masked else [])])
     ours = [call(*batch) for batch in batches]
-    assert set(by_gate) == (set() if rows == B else {4})
-    assert slices == ([[3, 3]] if rows == B else [])
+    assert set(by_gate) == (
+        set() if kind == "lstm" and rows == B else {layer.cell.gates}
+    )
+    counts = {None: [2], 3: [1], B: [2]}[rows]
+    if kind == "lstm" and rows != B:
+        counts = []
+    assert [len(sizes) for sizes in slices] == counts
     by_gate.clear()
     whole(monkeypatch)
     for batch, found in zip(batches, ours, strict=True):
@@ -395,7 +417,7 @@ def test_gates_side_by_side_at_inference(rows, masked, slices, rng, monkeypatch)
     assert not by_gate
 
 
-def test_when_gates_run_side_by_side(monkeypatch):
+def test_when_loops_run_by_gate(monkeypatch):
     least = schedule.LEAST_WEIGHTS_BY_GATE_AT_INFERENCE
     large = Weights(None, tf.zeros((1, least)))
     small = Weights(None, tf.zeros((1, least - 1)))
@@ -411,18 +433,22 @@ def test_when_gates_run_side_by_side(monkeypatch):
         for plan, most, fit, do_not in cases:
             for weights in fit:
                 for rows in (most, tf.constant(most + 1)):
-                    assert schedule.runs_by_gate(plan, rows, weights) == onednn
-                assert not schedule.runs_by_gate(plan, most + 1, weights)
+                    assert schedule.runs_by_gate(plan, rows, weights, 4) == onednn
+                    assert schedule.runs_by_gate(plan, rows, weights, 1)
+                assert not schedule.runs_by_gate(plan, most + 1, weights, 4)
                 company = plan._replace(has_company=True)
-                assert not schedule.runs_by_gate(company, most, weights)
+                assert not schedule.runs_by_gate(company, most, weights, 4)
+                assert schedule.runs_by_gate(company, most + 1, weights, 1)
             for weights in do_not:
-                assert not schedule.runs_by_gate(plan, most, weights)
+                assert not schedule.runs_by_gate(plan, most, weights, 4)
+                assert schedule.runs_by_gate(plan, most, weights, 1)
     monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
-    assert schedule.runs_by_gate(training, 1, large)
+    assert schedule.runs_by_gate(training, 1, large, 4)
     for name, value in (("run_by_executor", False), ("cores", 1)):
         with monkeypatch.context() as patched:
             patched.setattr(backend, name, lambda value=value: value)
-            assert not schedule.runs_by_gate(training, 1, large)
+            assert not schedule.runs_by_gate(training, 1, large, 4)
+            assert schedule.runs_by_gate(training, 1, large, 1) == (name == "cores")
 
 
 def test_a_block_of_any_size(slices, rng, monkeypatch):

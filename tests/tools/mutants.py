@@ -48,9 +48,9 @@ LOOP = [
     "tests/recurrence/test_time_loop.py",
     "tests/recurrence/test_block.py",
     "tests/recurrence/test_gradients.py::test_blocks_of_the_loops",
-    "tests/recurrence/test_slices.py::test_gates_side_by_side",
-    "tests/recurrence/test_slices.py::test_gates_side_by_side_at_inference",
-    "tests/recurrence/test_slices.py::test_when_gates_run_side_by_side",
+    "tests/recurrence/test_slices.py::test_gate_by_gate",
+    "tests/recurrence/test_slices.py::test_gate_by_gate_at_inference",
+    "tests/recurrence/test_slices.py::test_when_loops_run_by_gate",
     *ORACLE,
     *properties(
         "slices_are_equal_to_one_loop",
