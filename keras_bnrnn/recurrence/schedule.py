@@ -54,10 +54,12 @@ BLOCK_PRODUCT_WITH_ONEDNN = 2**22
 BLOCK_WEIGHTS_WITH_ONEDNN = 2**16
 
 # With oneDNN the gates of an LSTM run side by side, instead of slices of the batch.
-# They take 0.7 to 1.0 of the time of slices in training, and 0.8 to 0.87 at inference.
+# They take 0.7 to 1.0 of the time of slices in training, and 0.52 to 0.9 at inference.
+# With fewer multiplications in a recurrent product than these, they take 1.05 to 1.14.
 # With more rows than these, slices take 0.92 to 1.0 of the time of gates in training,
 # and 0.86 to 0.93 at inference. At inference, gates gain nothing with fewer weights in
 # the recurrent kernel: they take 0.96 to 1.1 of the time of slices or of one loop.
+LEAST_PRODUCT_BY_GATE = 3 * 2**19
 MOST_ROWS_BY_GATE = 192
 MOST_ROWS_BY_GATE_AT_INFERENCE = 96
 LEAST_WEIGHTS_BY_GATE_AT_INFERENCE = 2**15
@@ -235,11 +237,15 @@ def runs_by_gate(schedule, rows, weights, products):
     if products == 1:
         return True
     units, width = weights.recurrent_kernel.shape
+    if isinstance(rows, int) and (
+        rows > most_rows_by_gate(schedule)
+        or rows * units * width < LEAST_PRODUCT_BY_GATE
+    ):
+        return False
     return (
         backend.products_by_onednn()
         and backend.cores() > 1
         and not schedule.has_company
-        and not (isinstance(rows, int) and rows > most_rows_by_gate(schedule))
         and (schedule.keeps or units * width >= LEAST_WEIGHTS_BY_GATE_AT_INFERENCE)
     )
 

@@ -45,6 +45,7 @@ def slices(monkeypatch):
     monkeypatch.setattr(backend, "cores", lambda: 2)
     monkeypatch.setattr(backend, "products_by_onednn", lambda: False)
     monkeypatch.setattr(schedule, "BY_STEP_FROM", 0)
+    monkeypatch.setattr(schedule, "LEAST_PRODUCT_BY_GATE", 0)
     monkeypatch.setattr(schedule, "LEAST_SLICED_ROWS", 4)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT", 0)
     monkeypatch.setattr(schedule, "LEAST_SLICED_PRODUCT_AT_INFERENCE", 0)
@@ -443,11 +444,14 @@ def test_when_loops_run_by_gate(monkeypatch):
                 assert not schedule.runs_by_gate(plan, most, weights, 4)
                 assert schedule.runs_by_gate(plan, most, weights, 1)
     monkeypatch.setattr(backend, "products_by_onednn", lambda: True)
-    assert schedule.runs_by_gate(training, 1, large, 4)
+    fewest = -(-schedule.LEAST_PRODUCT_BY_GATE // least)
+    assert schedule.runs_by_gate(training, fewest, large, 4)
+    assert not schedule.runs_by_gate(training, fewest - 1, large, 4)
+    assert schedule.runs_by_gate(training, fewest - 1, large, 1)
     for name, value in (("run_by_executor", False), ("cores", 1)):
         with monkeypatch.context() as patched:
             patched.setattr(backend, name, lambda value=value: value)
-            assert not schedule.runs_by_gate(training, 1, large, 4)
+            assert not schedule.runs_by_gate(training, fewest, large, 4)
             assert schedule.runs_by_gate(training, 1, large, 1) == (name == "cores")
 
 
