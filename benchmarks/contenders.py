@@ -77,6 +77,7 @@ GRID = [(b, 100, u, u) for u in (64, 128, 256) for b in (16, 64, 128, 256)]
 FIT_MODELS = ("lstm", "gru", "masked lstm")
 FIT_SIZES = [(b, 100, 64, 64) for b in (1, 16, 32, 64, 128, 256)]
 FIT_STEPS = 16  # batches in an epoch
+PREDICT_ROWS = 2048  # of all batches of a `predict`
 FIT_MODES = {"default": "auto", "jit_compile=True": True}
 
 
@@ -120,19 +121,29 @@ def epoch_of(model, x, y, batch, jit_compile):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, jit_compile=jit_compile)
 
-    class Clock(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            self.times = []
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.times.append(time.perf_counter())
-
     def epoch():
         clock = Clock()
         model.fit(x, y, batch_size=batch, verbose=0, callbacks=[clock])
-        return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+        return clock.seconds()
 
     return epoch
+
+
+class Clock(keras.callbacks.Callback):
+    """Notes when each batch of one `fit` or `predict` ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = []
+
+    def on_batch_end(self, batch, logs=None):
+        self.times.append(time.perf_counter())
+
+    on_predict_batch_end = on_batch_end
+
+    def seconds(self):
+        """From the end of the first batch to the end of the last, for each batch."""
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
 class Whole(typing.NamedTuple):
@@ -261,13 +272,24 @@ def varying(name, kind, changes):
 
 
 def predicted(name, shape, kind):
-    """`predict` over 16 batches, of a model that does not know the batch size."""
+    """`predict` by a model that does not know the batch size.
+
+    Returns:
+        A function that predicts all rows and returns the seconds of a batch, counted as
+        in `fitted`.
+    """
     batch, timesteps, width, _ = shape
-    x = frames((batch * FIT_STEPS, timesteps, width))
+    x = frames((PREDICT_ROWS, timesteps, width))
     model = keras.Sequential(
         [keras.Input((timesteps, width)), layer(name, shape, kind)]
     )
-    return lambda: model.predict(x, batch_size=batch, verbose=0)
+
+    def predict():
+        clock = Clock()
+        model.predict(x, batch_size=batch, verbose=0, callbacks=[clock])
+        return clock.seconds()
+
+    return predict
 
 
 def stack(name, shape=(24, 300, 123, 250), depth=5):
