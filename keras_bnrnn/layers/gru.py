@@ -302,7 +302,6 @@ class GRUGates(StepDerivative):
     gates = 3
 
     def __init__(self, derivative):
-        self._derivative = derivative
         self.of_weights = derivative.of_weights
         self.parts = derivative.parts
 

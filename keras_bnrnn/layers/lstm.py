@@ -334,7 +334,7 @@ class LSTMDerivative(StepDerivative):
         c_before, c = before[1], after[1]
         d_i, d_f, _, d_o = ops.split(joined(parts), 4, axis=-1)
         products = [d_i * c_before, d_f * c_before, d_o * c]
-        d_peephole = ops.stack([ops.sum(p, axis=(0, 1)) for p in products])
+        d_peephole = ops.stack([backend.column_sums(p) for p in products])
         return {"peephole_kernel": d_peephole}
 
 
