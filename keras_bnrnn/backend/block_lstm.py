@@ -200,9 +200,7 @@ def _in_one_operation(
     """Does what `backward` does, by `BlockLSTMGradV2`."""
     width, units = frames.shape[-1], recurrent_kernel.shape[0]
     no_peephole = _no_peephole(units, frames.dtype)
-    _, (gate_i, gate_f, gate_o, candidate, c, h, tanh_c, *_) = _popped(
-        kept, states[0], frames
-    )
+    _, (gate_i, gate_f, gate_o, candidate, c, h, tanh_c, *_) = _popped(kept, states[0])
 
     def at_each_timestep(k):
         """Returns the gradient of a state at all timesteps, the last one included."""
@@ -260,7 +258,7 @@ def _in_a_loop(
 
     def run_block(start, end, carry):
         dh, dc, *lists = carry
-        lists, tensors = _popped(lists, states[0], frames[start:end])
+        lists, tensors = _popped(lists, states[0])
         *gates, c, h = tensors[:6]
         values, (first_c, first_h) = [*gates, c], tensors[-2:]
 
@@ -328,29 +326,29 @@ def _turns(timesteps, turns):
     return tf.cast(timesteps, tf.int64)
 
 
-def _popped(lists, state, frames):
+def _popped(lists, state):
     """Removes the last tensor of each list that `forward` kept.
 
     Args:
         lists: The lists, some of them of tensors (n, B, U), the last two of (B, U).
         state: A tensor (B, U).
-        frames: The frames (n, B, D) of the block.
 
     Returns:
         The list of the lists, and the list of the tensors.
     """
-    one = tf.shape(state)
-    shapes = [tf.concat([tf.shape(frames)[:1], one], axis=0)] * (len(lists) - 2)
     popped = [
         tf.raw_ops.TensorListPopBack(
-            input_handle=handle, element_shape=shape, element_dtype=state.dtype
+            input_handle=handle,
+            element_shape=tf.constant(-1),  # any
+            element_dtype=state.dtype,
         )
-        for handle, shape in zip(lists, [*shapes, one, one], strict=True)
+        for handle in lists
     ]
-    tensors = [element.tensor for element in popped]
-    for k, tensor in enumerate(tensors):
-        known = state.shape if k >= len(shapes) else (None, *state.shape)
-        tensors[k] = tf.ensure_shape(tensor, known)
+    shapes = [(None, *state.shape)] * (len(lists) - 2) + [state.shape] * 2
+    tensors = [
+        tf.ensure_shape(element.tensor, shape)
+        for element, shape in zip(popped, shapes, strict=True)
+    ]
     return [element.output_handle for element in popped], tensors
 
 

@@ -158,7 +158,7 @@ def run(loop, inputs, states, weights, stacks=1, derivative=None, keeps=False):
     specs = specs_of_states(states)[:count] + list(loop.collected)
     joined = 0
     if keeps:
-        if schedule.by_step and inputs.dtype == states[0].dtype:
+        if schedule.by_step:
             units, width = weights.recurrent_kernel.shape
             joined = joined_values(derivative, units, width)
         specs_of_kept = specs_of_values(derivative, states, joined)

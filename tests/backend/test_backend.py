@@ -187,9 +187,9 @@ def test_scan_blocks_equals_numpy(mode, block, length, turn_length, rng):
         ]
 
     def run(x):
-        nonlocal tensor
+        nonlocal tensor, static
         tensor = x
-        return backend.scan_blocks(
+        found = backend.scan_blocks(
             body,
             [tf.constant(start)],
             [x],
@@ -203,8 +203,10 @@ def test_scan_blocks_equals_numpy(mode, block, length, turn_length, rng):
             4,
             turn_length=turn_length,
         )
+        static = found[1].shape
+        return found
 
-    tensor = None
+    tensor = static = None
     if mode != "eager":
         run = tf.function(run, jit_compile=mode == "xla", autograph=False)
     (last,), stacked, (total, from_start) = run(tf.constant(x))
@@ -217,6 +219,38 @@ def test_scan_blocks_equals_numpy(mode, block, length, turn_length, rng):
     assert stacked.shape == (length, 3, 4) and gap(stacked[..., 2:], carries) <= 1e-15
     assert gap(total, 10 + np.sum(expected * x)) <= 1e-13
     assert from_start == 0
+    assert static == (length, 3, 4)
+
+
+@pytest.mark.parametrize("turn_length", [1, 4])
+def test_scan_blocks_without_turns(turn_length):
+    """A slice without rows runs no turn, and has gradients of T frames of no row."""
+
+    @tf.function(input_signature=[tf.TensorSpec((5, None, 2))], autograph=False)
+    def run(x):
+        return backend.scan_blocks(
+            lambda carry, elements: ([carry[0] + elements[0]], [elements[0]]),
+            [x[0]],
+            [x],
+            [((None, 2), "float32")],
+            5,
+            2,
+            [tf.constant(3.0)],
+            lambda carry, stacks, start, end: [tf.reduce_sum(stacks[0]) + 1],
+            (0,),
+            lambda stacks: 2 * stacks[0],
+            2,
+            turns=tf.where(tf.shape(x)[1] > 0, 5, 0),
+            turn_length=turn_length,
+        )
+
+    (last,), results, (total,) = run(tf.zeros((5, 0, 2)))
+    assert last.shape == (0, 2) and results.shape == (5, 0, 2) and total == 3.0
+    (last,), results, (total,) = run(tf.ones((5, 3, 2)))
+    assert gap(results, np.full((5, 3, 2), 2.0)) == 0
+    assert gap(last, np.full((3, 2), 6.0)) == 0
+    blocks = {1: 3, 4: 2}  # of 2 timesteps, or of one turn of 4
+    assert total == 3.0 + 5 * 3 * 2 + blocks[turn_length]
 
 
 def test_scan_can_be_differentiated(rng):

@@ -595,7 +595,7 @@ def test_training_in_half_precision_follows_float32(kind, jit_compile, rng):
     assert gap(*statistics) <= 1e-2
 
 
-@pytest.mark.slow(but=["lstm-graph", "gru-eager"])
+@pytest.mark.slow(but=["lstm-graph", "gru-eager", "gru-xla"])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sparse_gradient_from_above(kind, mode, rng):
