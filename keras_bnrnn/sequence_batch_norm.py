@@ -52,9 +52,9 @@ class SequenceBatchNorm(keras.layers.Layer):
 
     Args:
         statistics: `"sequence"` (default) or `"frame"`, see above.
-        population: `"pooled"` (default): one mean and variance of the valid frames
-            of all timesteps. (`"timestep"` is not available yet.)
-        max_timesteps: Only for `population="timestep"`. Default: `None`.
+        population: `"pooled"`, the only value: one mean and variance of the valid
+            frames of all timesteps.
+        max_timesteps: Must be `None`.
         momentum: Float in [0, 1), the weight of the past in the moving averages.
             Default: 0.99.
         epsilon: Float > 0, added to the variance. Default: 1e-3.

@@ -45,13 +45,12 @@ DOCS = """normalize: Where to normalise. `"input"` (default):
             `BN(W x_t) + U h`, the method of the paper. `"joint"`:
             `BN(W x_t + U h)`, its negative result. The sum exists one timestep
             at a time, so its statistics are frame-wise whatever `statistics` is.
-            (`"recurrent"` is not available yet.)
         statistics: The frames over which a training step takes mean and variance:
             `"sequence"` (default), all valid frames of the batch together, or
             `"frame"`, each timestep alone. Sequence-wise statistics include later
             frames of the training batch. Use `"frame"` to predict the next frame.
-        population: `"pooled"` (default), see `SequenceBatchNorm`.
-        max_timesteps: See `SequenceBatchNorm`. Default: `None`.
+        population: `"pooled"`, the only value: see `SequenceBatchNorm`.
+        max_timesteps: Must be `None`.
         momentum: Float in [0, 1), weight of the past in the population
             statistics. Default: 0.99.
         epsilon: Float > 0, added to the variance. Default: 1e-3.
