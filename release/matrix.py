@@ -133,7 +133,9 @@ def find_interpreter(version):
     """Returns the path of an interpreter, or `None`."""
     if version == "{}.{}".format(*sys.version_info):
         return sys.executable
-    if found := shutil.which(f"python{version}"):
+    found = shutil.which(f"python{version}")
+    # A shim of pyenv is there for each version, also for those that are not selected.
+    if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
         return found
     if shutil.which("uv"):
         command = ["uv", "python", "find", "--no-project", version]

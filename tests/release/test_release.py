@@ -138,6 +138,19 @@ def test_a_missing_python_is_an_error_unless_skipped(release, monkeypatch, capsy
     assert capsys.readouterr().out.count("not installed") == 3
 
 
+@pytest.mark.parametrize("status, found", [(0, True), (127, False)])
+def test_an_interpreter_that_does_not_run_is_missing(
+    status, found, release, tmp_path, monkeypatch
+):
+    """A shim of pyenv ends with status 127 if its version is not selected."""
+    shim = tmp_path / "python3.99"
+    shim.write_text(f"#!/bin/sh\nexit {status}\n")
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = release("matrix").find_interpreter("3.99")
+    assert path == (str(shim) if found else None)
+
+
 def test_the_workflow_runs_the_scripts_on_each_python(release):
     text = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
     jobs = yaml.safe_load(text)["jobs"]
