@@ -77,6 +77,9 @@ def product_and_bias(x, kernel, bias):
 
 def plus_bias(product, bias):
     """Adds a bias to a matrix; a graph fuses it with the product before it."""
+    if product.dtype == tf.bfloat16:
+        # The gradient of `bias_add` adds in bfloat16: see `column_sums`.
+        return product + bias
     return tf.nn.bias_add(product, bias)
 
 

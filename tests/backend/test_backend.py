@@ -253,6 +253,23 @@ def test_scan_blocks_without_turns(turn_length):
     assert total == 3.0 + 5 * 3 * 2 + blocks[turn_length]
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_column_sums_add_in_full_precision(dtype, graph, rng):
+    """A sum in half precision stops growing at 256 or 2,048 times its terms."""
+    x = tf.cast(rng.uniform(0.5, 1.5, size=(40, 100, 3)), dtype)
+    sums = backend.column_sums
+    if graph:
+        sums = tf.function(sums, autograph=False)
+    expected = np.sum(np.asarray(tf.cast(x, "float64")), axis=(0, 1))
+    assert sums(x).dtype == dtype
+    # The result is rounded once; a float32 sum of 4,000 terms adds some 1e-6.
+    digits = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2e-6, "float64": 1e-13}
+    np.testing.assert_allclose(
+        np.asarray(tf.cast(sums(x), "float64")), expected, rtol=digits[dtype]
+    )
+
+
 def test_scan_can_be_differentiated(rng):
     x = tf.constant(rng.normal(size=(4, 3)))
     with tf.GradientTape() as tape:

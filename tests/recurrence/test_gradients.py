@@ -595,6 +595,33 @@ def test_training_in_half_precision_follows_float32(kind, jit_compile, rng):
     assert gap(*statistics) <= 1e-2
 
 
+@pytest.mark.slow(but=["simple_rnn-eager", "lstm-graph", "gru-graph"])
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_half_precision_are_those_of_float32(kind, mode, rng):
+    """A bias has the sum of 3,200 terms, which bfloat16 cannot add one by one."""
+    x = rng.normal(size=(32, 100, D)).astype("float32")
+    gradients = []
+    for policy in ("float32", "mixed_float16", "mixed_bfloat16"):
+        layer = KINDS[kind][0](U, return_sequences=True, dtype=policy)
+        layer.build(x.shape)
+        randomize(layer, np.random.default_rng(5))
+
+        def step(x, layer=layer):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(tf.cast(layer(x, training=True), "float32"))
+            return tape.gradient(loss, [w.value for w in layer.trainable_variables])
+
+        if mode != "eager":
+            step = tf.function(step, jit_compile=mode == "xla", autograph=False)
+        gradients.append([np.asarray(g, "float64") for g in step(tf.constant(x))])
+    for half, bits in zip(gradients[1:], (11, 8), strict=True):
+        for found, expected in zip(half, gradients[0], strict=True):
+            # Each of 100 timesteps rounds states and gates.
+            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            assert error <= 10 * 2.0**-bits
+
+
 @pytest.mark.slow(but=["lstm-graph", "gru-eager", "gru-xla"])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
