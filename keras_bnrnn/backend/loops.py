@@ -300,7 +300,7 @@ def scan_blocks(
         specs: Shape and dtype of each tensor to stack.
         length: T, an int or a tensor.
         block: The number of timesteps of a block, an int or a tensor.
-        sums: List of tensors, where the sums start.
+        sums: List of tensors, where the sums start. Their dtypes are those of the sums.
         of_block: Function `(carry, stacks, start, end)` that returns the list of what
             the timesteps from `start` to before `end` add to the sums. `carry` is what
             the block starts from, `stacks` are its tensors (end - start, ...).
@@ -515,8 +515,8 @@ def ends(k, block, length):
 
 
 def added(sums, terms):
-    """Adds two lists of tensors, one by one."""
-    return [a + b for a, b in zip(sums, terms, strict=True)]
+    """Adds two lists of tensors, one by one, with the dtypes of the first."""
+    return [a + tf.cast(b, a.dtype) for a, b in zip(sums, terms, strict=True)]
 
 
 class Unstacked:

@@ -7,6 +7,7 @@ values by timestep. The gradients of the weights are products of many timesteps:
 after the loop, or of a block of timesteps whose gradients are still in the cache.
 """
 
+import keras
 from keras import ops
 
 from keras_bnrnn import backend
@@ -184,7 +185,7 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         [((batch, n), dtype) for n in parts.widths],
         timesteps,
         timesteps_of_block(rows),
-        [ops.zeros_like(weight) for weight in weights.in_loop().values()],
+        [_zero_sum(weight) for weight in weights.in_loop().values()],
         of_block,
         parts.projected,
         of_inputs,
@@ -193,10 +194,23 @@ def _by_step(loop, derivative, inputs, states, weights, kept, d_sequences, d_las
         in_place=0 if kept.joined else None,
         turn_length=loop.schedule.turn_length,
     )
-    d_weights = dict(zip(names, sums, strict=True))
+    d_weights = {
+        name: ops.cast(total, weight.dtype)
+        for (name, weight), total in zip(weights.in_loop().items(), sums, strict=True)
+    }
     for name in {"kernel", "recurrent_kernel", "bias"} & d_weights.keys():
         d_weights[name] = derivative.arranged(d_weights[name])
     return d_inputs, carry[:m], d_weights
+
+
+def _zero_sum(weight):
+    """Returns the zeros from which the gradient of a weight is summed over blocks.
+
+    They are float32 for a weight in half precision: a sum of the terms of hundreds of
+    blocks in bfloat16 would stop growing.
+    """
+    dtype = keras.backend.result_type(weight.dtype, "float32")
+    return ops.zeros_like(weight, dtype=dtype)
 
 
 def _added(gradients, incoming):

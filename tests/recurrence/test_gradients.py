@@ -622,6 +622,33 @@ def test_gradients_in_half_precision_are_those_of_float32(kind, mode, rng):
             assert error <= 10 * 2.0**-bits
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_bfloat16_sums_over_many_blocks(kind, rng, monkeypatch):
+    """A sum in bfloat16 stops growing at 256 times its terms: here 500 blocks."""
+    monkeypatch.setattr(schedule, "BY_STEP_FROM", 0)
+    monkeypatch.setattr(schedule, "BLOCK_FRAMES", 16)
+    x = rng.normal(size=(4, 2000, D)).astype("float32") + 1.0
+    weights = None
+    gradients = []
+    for policy in ("float32", "mixed_bfloat16"):
+        layer = KINDS[kind][0](U, return_sequences=True, use_bias=False, dtype=policy)
+        layer.build(x.shape)
+        layer.set_weights(weights or layer.get_weights())
+        weights = layer.get_weights()
+
+        @tf.function(autograph=False)
+        def step(x, layer=layer):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(tf.cast(layer(x, training=True), "float32"))
+            of = [layer.cell.kernel.value, layer.cell.recurrent_kernel.value]
+            return tape.gradient(loss, of)
+
+        gradients.append([np.asarray(g, "float64") for g in step(tf.constant(x))])
+    for expected, found in zip(*gradients, strict=True):
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert error <= 10 * 2.0**-8
+
+
 @pytest.mark.slow(but=["lstm-graph", "gru-eager", "gru-xla"])
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("kind", KINDS)

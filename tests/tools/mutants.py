@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import sys
@@ -196,27 +197,9 @@ EXPLAINED = [
         "the peepholes are 0",
     ),
     *[
-        ("recurrence/schedule.py", f"{name} = ", None, "changes speed alone")
-        for name in (
-            "BY_STEP_FROM",
-            "LEAST_SLICED_ROWS",
-            "LEAST_SLICED_PRODUCT",
-            "LEAST_SLICED_PRODUCT_AT_INFERENCE",
-            "LEAST_SLICED_ROWS_OF_BLOCK",
-            "LEAST_SLICED_PRODUCT_OF_BLOCK",
-            "CYCLES_ON_ONE_CORE",
-            "LEAST_ROWS_OF_FOUR_SLICES",
-            "ONE_OPERATION_WEIGHTS",
-            "ONE_OPERATION_ALONE",
-            "ONE_OPERATION_IN_SLICES",
-            "BLOCK_PRODUCT_WITH_ONEDNN",
-            "BLOCK_WEIGHTS_WITH_ONEDNN",
-            "LEAST_PRODUCT_BY_GATE",
-            "MOST_ROWS_BY_GATE",
-            "MOST_ROWS_BY_GATE_AT_INFERENCE",
-            "LEAST_WEIGHTS_BY_GATE_AT_INFERENCE",
-            "TIMESTEPS_OF_A_TURN",
-            "BLOCK_FRAMES",
+        ("recurrence/schedule.py", constant, None, "changes speed alone")
+        for constant in re.findall(
+            "^[A-Z_]+ = ", (PACKAGE / "recurrence/schedule.py").read_text(), re.M
         )
     ],
     (
@@ -331,7 +314,7 @@ EXPLAINED = [
     ),
     (
         "backend/block_lstm.py",
-        "_popped(lists, states[0])",
+        "states[0])",
         "0 to 1",
         "all states have the same shape",
     ),
@@ -354,12 +337,6 @@ EXPLAINED = [
         "changes speed alone",
     ),
     ("recurrence/kept.py", "return 0", "0 to 1", "changes memory alone"),
-    (
-        "backend/block_lstm.py",
-        "_popped(kept, states[0])",
-        "0 to 1",
-        "all states have the same shape",
-    ),
     (
         "backend/block_lstm.py",
         "((states[0].shape[0]",
@@ -437,10 +414,7 @@ PAIRS = {"minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any"}
 
 def commutes(call):
     name = getattr(call.func, "attr", getattr(call.func, "id", None))
-    return name in (
-        *("maximum", "minimum", "max", "min", "equal"),
-        *("logical_and", "logical_or", "added"),
-    )
+    return name in "maximum minimum max min equal logical_and logical_or".split()
 
 
 def changes_of(node):
