@@ -414,7 +414,8 @@ PAIRS = {"minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any"}
 
 def commutes(call):
     name = getattr(call.func, "attr", getattr(call.func, "id", None))
-    return name in "maximum minimum max min equal logical_and logical_or".split()
+    names = ["maximum", "minimum", "max", "min", "equal", "logical_and", "logical_or"]
+    return name in names
 
 
 def changes_of(node):
